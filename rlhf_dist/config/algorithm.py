@@ -1,0 +1,48 @@
+"""`algorithm`: advantage estimator, clipped losses, KL control, update schedule."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from rlhf_dist.config.section import Section
+
+
+class KlSection(Section):
+    """The KL penalty inside the reward (k1 per token)."""
+
+    coef: float = Field(0.05, ge=0, description="β; with `adaptive`, its initial value")
+    adaptive: bool = Field(False, description="move β so that KL per sequence approaches `target`")
+    target: float = Field(6.0, gt=0, description="KL per sequence the controller aims at, in nats")
+    horizon: int = Field(10000, ge=1, description="episodes over which the controller acts")
+
+
+class AlgorithmSection(Section):
+    """PPO and its critic-free relatives."""
+
+    estimator: Literal["gae", "reinforce", "rloo", "grpo"] = Field("gae", description="only `gae` starts a value engine")
+    gamma: float = Field(1.0, gt=0, le=1, description="discount")
+    lam: float = Field(0.95, ge=0, le=1, description="GAE λ")
+    epochs: int = Field(4, ge=1, description="passes over each batch of experience")
+    minibatches: int = Field(1, ge=1, description="optimizer steps in one epoch")
+    clip_low: float = Field(0.2, gt=0, lt=1, description="ratio clip below 1")
+    clip_high: float = Field(0.2, gt=0, description="ratio clip above 1")
+    dual_clip: float | None = Field(None, gt=1, description="lower bound of the surrogate for negative advantages")
+    value_clip: float | None = Field(0.2, gt=0, description="clip of the value around its old prediction; null: off")
+    whiten_advantages: bool = Field(True, description="centre and scale advantages over the global batch")
+    whiten_rewards: bool = Field(False, description="scale token rewards over the global batch, keeping their mean")
+    entropy_coef: float = Field(0.0, ge=0, description="entropy bonus")
+    reduction: Literal["token_mean", "sequence_mean", "fixed"] = Field(
+        "token_mean", description="denominator of the policy loss: valid tokens, sequences (mean of token means), or sequences × max_new_tokens"
+    )
+    truncated: Literal["terminal", "bootstrap"] = Field("terminal", description="a completion cut by the limit: paid and terminal, or bootstrapped")
+    target_kl_step: float | None = Field(None, gt=0, description="end the update when k2(new, old) exceeds 1.5 × this")
+    baseline_momentum: float = Field(0.9, ge=0, lt=1, description="running-mean baseline of `reinforce`")
+    kl: KlSection = Field(default_factory=KlSection)
+
+    @model_validator(mode="after")
+    def _bootstrap_needs_a_critic(self) -> AlgorithmSection:
+        if self.truncated == "bootstrap" and self.estimator != "gae":
+            raise ValueError("truncated: bootstrap needs the value model of estimator: gae")
+        return self

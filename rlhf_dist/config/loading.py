@@ -1,0 +1,138 @@
+"""YAML and `key.path=value` into a typed config; a typo is an error that names the nearest key."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from rlhf_dist.config.errors import UserError
+
+C = TypeVar("C", bound=BaseModel)
+
+
+def load_config(kind: type[C], path: str | Path | None, overrides: Sequence[str] = ()) -> C:
+    """Reads a YAML file, applies the overrides, validates.
+
+    Args:
+        kind: the root model, for example `PPOConfig`.
+        path: YAML file; None starts from nothing.
+        overrides: `key.path=value`; the value is YAML, the key may index lists (`reward.sources.0.weight=2`).
+
+    Raises:
+        UserError: unreadable file, unknown key (with the nearest name), wrong type or range.
+    """
+    values = _read_yaml(Path(path)) if path is not None else {}
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise UserError(
+            "the configuration is not valid:\n" + "\n".join(f"  - {_explain(kind, e)}" for e in error.errors()),
+            where=str(path) if path is not None else "command line",
+            fix="correct the keys above; `rlhf-dist config show` prints every key with its default",
+        ) from None
+
+
+def dump_config(config: BaseModel) -> str:
+    """The resolved config as YAML, defaults included."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the config file: {error.strerror}", where=str(path), fix="pass --config a YAML file that exists") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"the config file is not YAML: {error}", where=str(path), fix="mend the syntax") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError("the config file must hold a mapping of sections", where=str(path), fix="start from a file in configs/recipes/")
+    return values
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"not an override: {override!r}", where="command line", fix="write key.path=value, for example run.steps=10")
+    try:
+        value = _number(yaml.safe_load(text))
+    except yaml.YAMLError:
+        raise UserError(f"the value of {key} is not YAML: {text!r}", where="command line", fix="quote it") from None
+    node: Any = values
+    *parents, last = key.split(".")
+    for depth, part in enumerate(parents):
+        node = _descend(node, part, ".".join(parents[: depth + 1]))
+    _put(node, last, value, key)
+
+
+def _number(value: Any) -> Any:
+    """YAML reads `1e-5` as text (it wants `1.0e-5`); people mean the number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _descend(node: Any, part: str, so_far: str) -> Any:
+    if isinstance(node, list):
+        return node[_index(node, part, so_far)]
+    if node.get(part) is None:
+        node[part] = {}
+    if not isinstance(node[part], dict | list):
+        raise UserError(f"{so_far} is a value, not a section", where="command line", fix="drop what follows it")
+    return node[part]
+
+
+def _put(node: Any, last: str, value: Any, key: str) -> None:
+    if isinstance(node, list):
+        node[_index(node, last, key)] = value
+    else:
+        node[last] = value
+
+
+def _index(node: list[Any], part: str, so_far: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise UserError(f"{so_far}: the list has {len(node)} entries, so {part!r} names none", where="command line", fix="use 0 for the first entry")
+    return int(part)
+
+
+def _explain(kind: type[BaseModel], error: Any) -> str:
+    location = [str(part) for part in error["loc"]]
+    path = ".".join(location) or "(whole file)"
+    if error["type"] != "extra_forbidden":
+        return f"{path}: {error['msg'].removeprefix('Value error, ')}"
+    names = sorted(_keys_at(kind, error["loc"][:-1]))
+    close = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
+    return f"{path}: no such key" + (f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(names)}")
+
+
+def _keys_at(kind: Any, location: Sequence[Any]) -> set[str]:
+    kinds = [kind]
+    for part in location:
+        kinds = [inner for k in kinds for inner in _step(k, part)]
+    return {name for k in kinds for name in k.model_fields}
+
+
+def _step(kind: Any, part: Any) -> list[Any]:
+    if isinstance(part, str) and part in kind.model_fields:
+        return _models_in(kind.model_fields[part].annotation)
+    return [kind]  # a list index, or the tag of a union: stay with the alternatives
+
+
+def _models_in(annotation: Any) -> list[Any]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) in (Union, UnionType, list, Annotated):
+        return [m for a in get_args(annotation) for m in _models_in(a)]
+    return []

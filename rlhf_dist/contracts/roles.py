@@ -1,0 +1,169 @@
+"""What the coordinator may ask of each role, and the small records that come back. Tensors stay where they were made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from rlhf_dist.contracts.engine import StepInfo
+from rlhf_dist.contracts.experience import ExperienceBatch, Piece
+from rlhf_dist.contracts.group import Stored
+from rlhf_dist.contracts.moments import Moments
+from rlhf_dist.contracts.reward import RewardResult
+from rlhf_dist.contracts.tally import Tally
+
+Stream = Literal["train", "eval"]
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """Prompts `start` to `start + count` of a stream, each sampled `samples_per_prompt` times.
+
+    The workers read the prompts themselves: text never passes through the coordinator.
+    """
+
+    stream: Stream
+    step: int
+    start: int
+    count: int
+    samples_per_prompt: int
+    version: int
+    max_new_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class RolloutInfo:
+    """A generated shard in numbers: one entry a sample, in row order; seconds are this rank's."""
+
+    prompt_ids: tuple[int, ...]
+    sample_indices: tuple[int, ...]
+    prompt_lengths: tuple[int, ...]
+    response_lengths: tuple[int, ...]
+    stop_reasons: tuple[int, ...]
+    versions: tuple[int, ...]
+    seconds: float
+    tally: Tally = field(default_factory=Tally)
+
+
+@dataclass(frozen=True)
+class ScoreInfo:
+    """Raw rewards of the rows one rank judged."""
+
+    rows: tuple[int, ...]
+    results: tuple[RewardResult, ...]
+    seconds: float
+    tally: Tally = field(default_factory=Tally)
+
+
+@dataclass(frozen=True)
+class PieceInfo:
+    """What a scoring rank reports beside its tensors."""
+
+    rows: tuple[int, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class EstimateRequest:
+    """Everything but tensors that advantage estimation of one shard needs; lists are one entry a row."""
+
+    scores: tuple[float, ...]
+    raw: dict[str, tuple[float | None, ...]]
+    keep: tuple[bool, ...]
+    kl_coef: float
+    baseline: float
+    reward_moments: Moments | None = None
+
+
+@dataclass(frozen=True)
+class ExperienceInfo:
+    """An experience shard in numbers: per-row lengths, per-row KL sums (nats), moments of advantages and of token rewards."""
+
+    prompt_lengths: tuple[int, ...]
+    response_lengths: tuple[int, ...]
+    valid_tokens: tuple[int, ...]
+    kl: tuple[float, ...]
+    advantages: Moments
+    token_rewards: Moments
+    tally: Tally
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class UpdateRequest:
+    """One rank's part of one optimizer step.
+
+    microbatches: row numbers in the whole step's experience; every rank gets the same number, empty ones included.
+    denominator: global, as the loss reduction asks.
+    """
+
+    microbatches: tuple[tuple[int, ...], ...]
+    denominator: float
+
+
+@dataclass(frozen=True)
+class UpdateInfo:
+    """Metrics of one optimizer step: this rank's sums, the engine's global step report."""
+
+    tally: Tally
+    step: StepInfo
+    seconds: float
+
+
+class ScoringRole(Protocol):
+    """Reference and value engines, and the policy itself, score shards; each rank takes its rows."""
+
+    def score(self, shard: ExperienceBatch) -> Stored[Piece, PieceInfo]:
+        """Collective. Tensors for this rank's rows of the shard."""
+        ...
+
+
+class TrainedRole(Protocol):
+    """Policy and value train on the step's experience."""
+
+    def load_experience(self, shards: Sequence[ExperienceBatch], advantages: Moments) -> int:
+        """Keeps the step's experience; returns its number of rows."""
+        ...
+
+    def update(self, request: UpdateRequest) -> UpdateInfo:
+        """Collective. One optimizer step."""
+        ...
+
+    def export(self, folder: str) -> None:
+        """Collective. Writes a Hugging Face folder (rank 0)."""
+        ...
+
+
+class PolicyRole(ScoringRole, TrainedRole, Protocol):
+    """Generates, scores its own samples, estimates advantages, trains."""
+
+    def generate(self, request: GenerateRequest) -> Stored[ExperienceBatch, RolloutInfo]:
+        """Not collective. Samples this rank's prompts."""
+        ...
+
+    def reference_score(self, shard: ExperienceBatch) -> Stored[Piece, PieceInfo]:
+        """Collective. Reference log-probs with the adapter off (LoRA only)."""
+        ...
+
+    def estimate(
+        self, request: EstimateRequest, shard: ExperienceBatch, pieces: Sequence[Piece]
+    ) -> Stored[ExperienceBatch, ExperienceInfo]:
+        """Not collective. Puts a shard's pieces together and computes rewards, advantages and returns."""
+        ...
+
+    def sync_weights(self, version: int) -> int:
+        """Collective. Makes the sampler use the trainer's weights; returns their checksum, equal on every rank."""
+        ...
+
+    def write_rollouts(self, path: str, shards: Sequence[ExperienceBatch], details: Sequence[dict[str, Any]]) -> int:
+        """One rank. Writes a Parquet file; returns its rows. `details` has one dict of per-row lists a shard."""
+        ...
+
+
+class RewardRole(Protocol):
+    """Judges completions."""
+
+    def judge(self, shard: ExperienceBatch) -> ScoreInfo:
+        """Collective where a reward is a model. Raw rewards of this rank's rows."""
+        ...
