@@ -108,26 +108,36 @@ def _index(node: list[Any], part: str, so_far: str) -> int:
 
 
 def _explain(kind: type[BaseModel], error: Any) -> str:
-    location = [str(part) for part in error["loc"]]
-    path = ".".join(location) or "(whole file)"
+    kinds, written = _walk(kind, error["loc"][:-1])
+    last = [str(part) for part in error["loc"][-1:]]
+    path = ".".join(written + last) or "(whole file)"
     if error["type"] != "extra_forbidden":
         return f"{path}: {error['msg'].removeprefix('Value error, ')}"
-    names = sorted(_keys_at(kind, error["loc"][:-1]))
-    close = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
+    names = sorted({name for k in kinds for name in k.model_fields})
+    close = difflib.get_close_matches(last[0], names, n=1, cutoff=0.5)
     return f"{path}: no such key" + (f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(names)}")
 
 
-def _keys_at(kind: Any, location: Sequence[Any]) -> set[str]:
-    kinds = [kind]
+def _walk(kind: Any, location: Sequence[Any]) -> tuple[list[Any], list[str]]:
+    """The models a pydantic location may lead to, and the location as the user writes it: without the tags of unions."""
+    kinds, written = [kind], list[str]()
     for part in location:
-        kinds = [inner for k in kinds for inner in _step(k, part)]
-    return {name for k in kinds for name in k.model_fields}
+        tagged = _tagged(kinds, part)
+        if not tagged:
+            written.append(str(part))
+        kinds = tagged or [inner for k in kinds for inner in _step(k, part)]
+    return kinds, written
+
+
+def _tagged(kinds: Sequence[Any], tag: Any) -> list[Any]:
+    """Of several alternatives the one whose `kind` is the tag; a tag may also be a field name of another alternative."""
+    return [k for k in kinds if len(kinds) > 1 and "kind" in k.model_fields and tag in get_args(k.model_fields["kind"].annotation)]
 
 
 def _step(kind: Any, part: Any) -> list[Any]:
     if isinstance(part, str) and part in kind.model_fields:
         return _models_in(kind.model_fields[part].annotation)
-    return [kind]  # a list index, or the tag of a union: stay with the alternatives
+    return [kind]  # a list index: stay with the alternatives
 
 
 def _models_in(annotation: Any) -> list[Any]:

@@ -88,7 +88,8 @@ class SequenceBatch:
         if not batches:
             raise ValueError("concat needs at least one batch")
         width = {"BP": max(b.prompt_tokens_BP.shape[1] for b in batches), "BT": max(b.response_tokens_BT.shape[1] for b in batches)}
-        return cls(**{f.name: _join(f.name, [getattr(b, f.name) for b in batches], width) for f in dataclasses.fields(cls)})
+        rows = [len(b) for b in batches]
+        return cls(**{f.name: _join(f.name, [getattr(b, f.name) for b in batches], width, rows) for f in dataclasses.fields(cls)})
 
     def _trimmed(self: S) -> S:
         prompt = int(self.prompt_lengths_B.max()) if len(self) else 0
@@ -186,21 +187,17 @@ def _move(value: Any, device: torch.device | str) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
-def _join(name: str, values: list[Any], width: dict[str, int]) -> Any:
+def _join(name: str, values: list[Any], width: dict[str, int], rows: list[int]) -> Any:
     missing = [value is None for value in values]
     if all(missing):
         return None
     if any(missing):
         raise ValueError(f"{name} is filled in some batches only")
     if isinstance(values[0], dict):
-        return {key: tuple(x for value in values for x in value.get(key, (None,) * _rows(value))) for key in _keys(values)}
+        return {key: tuple(x for value, n in zip(values, rows, strict=True) for x in value.get(key, (None,) * n)) for key in _keys(values)}
     if isinstance(values[0], tuple):
         return tuple(x for value in values for x in value)
     return torch.cat([_pad(value, name, width) for value in values])
-
-
-def _rows(columns: dict[str, tuple[Any, ...]]) -> int:
-    return len(next(iter(columns.values()))) if columns else 0
 
 
 def _keys(values: list[dict[str, Any]]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -54,7 +54,8 @@ def checked_result(name: str, values: Any, expected: int, where: str) -> RewardR
     Raises:
         UserError: not a list, wrong length, an entry that is neither a finite number nor None.
     """
-    if isinstance(values, str | bytes) or not hasattr(values, "__len__") or not hasattr(values, "__iter__"):
+    unordered = isinstance(values, str | bytes | Mapping | Set)
+    if unordered or not hasattr(values, "__len__") or not hasattr(values, "__iter__") or getattr(values, "ndim", 1) == 0:
         raise UserError(f"reward {name!r} returned {type(values).__name__}, not a list of numbers", where=where, fix="return one float (or None to abstain) per completion")
     if len(values) != expected:
         raise UserError(f"reward {name!r} returned {len(values)} values for {expected} completions", where=where, fix="return exactly one value per completion, None to abstain")

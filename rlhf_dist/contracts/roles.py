@@ -21,10 +21,13 @@ class GenerateRequest:
     """Prompts `start` to `start + count` of a stream, each sampled `samples_per_prompt` times.
 
     The workers read the prompts themselves: text never passes through the coordinator.
+    `step` and the stream key the random numbers; `step_start` is where the step's prompts begin, so that a prompt that comes
+    twice in one step gets other sample numbers the second time, wherever the shards are cut.
     """
 
     stream: Stream
     step: int
+    step_start: int
     start: int
     count: int
     samples_per_prompt: int
@@ -44,6 +47,17 @@ class RolloutInfo:
     versions: tuple[int, ...]
     seconds: float
     tally: Tally = field(default_factory=Tally)
+
+
+@dataclass(frozen=True)
+class RatioInfo:
+    """What this rank's rows show of law 3, as means and maxima over tokens.
+
+    `ratio`: |ρ − 1| of a fresh forward against the old log-probs; `sampler`: |log-prob gap| between sampler and trainer;
+    `reference`: |k1| to the reference.
+    """
+
+    tally: Tally
 
 
 @dataclass(frozen=True)
@@ -111,6 +125,14 @@ class UpdateInfo:
     seconds: float
 
 
+@dataclass(frozen=True)
+class WrittenInfo:
+    """Rows that were written, and their Σ k1 in nats (empty on ranks that write nothing)."""
+
+    rows: int = 0
+    kl: tuple[float, ...] = ()
+
+
 class ScoringRole(Protocol):
     """Reference and value engines, and the policy itself, score shards; each rank takes its rows."""
 
@@ -138,6 +160,10 @@ class TrainedRole(Protocol):
 class PolicyRole(ScoringRole, TrainedRole, Protocol):
     """Generates, scores its own samples, estimates advantages, trains."""
 
+    def describe(self) -> dict[str, Any]:
+        """Facts about model and data: parameters, stop tokens, number of held-out prompts."""
+        ...
+
     def generate(self, request: GenerateRequest) -> Stored[ExperienceBatch, RolloutInfo]:
         """Not collective. Samples this rank's prompts."""
         ...
@@ -152,12 +178,21 @@ class PolicyRole(ScoringRole, TrainedRole, Protocol):
         """Not collective. Puts a shard's pieces together and computes rewards, advantages and returns."""
         ...
 
+    def ratio_check(self, shard: ExperienceBatch, pieces: Sequence[Piece]) -> RatioInfo:
+        """Collective. Compares a fresh training forward, cut differently, with the sampler, the old and the reference log-probs."""
+        ...
+
     def sync_weights(self, version: int) -> int:
         """Collective. Makes the sampler use the trainer's weights; returns their checksum, equal on every rank."""
         ...
 
-    def write_rollouts(self, path: str, shards: Sequence[ExperienceBatch], details: Sequence[dict[str, Any]]) -> int:
-        """One rank. Writes a Parquet file; returns its rows. `details` has one dict of per-row lists a shard."""
+    def write_rollouts(
+        self, path: str, shards: Sequence[ExperienceBatch], pieces: Sequence[Sequence[Piece]], details: Sequence[dict[str, Any]]
+    ) -> WrittenInfo:
+        """Not collective; rank 0 writes a Parquet file, the others nothing.
+
+        `pieces` and `details` (one dict of per-row lists: raw rewards, score, kept) have one entry a shard.
+        """
         ...
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -20,8 +21,9 @@ class Tally:
         self.weights[name] = self.weights.get(name, 0.0) + float(weight)
 
     def peak(self, name: str, value: float) -> None:
-        """Keeps the largest value seen."""
-        self.maxima[name] = max(float(value), self.maxima.get(name, float("-inf")))
+        """Keeps the largest value seen; a NaN stays, whatever comes before or after it."""
+        current = self.maxima.get(name, float("-inf"))
+        self.maxima[name] = math.nan if math.isnan(value) or math.isnan(current) else max(float(value), current)
 
     def merge(self, other: Tally) -> None:
         """Takes in another tally."""

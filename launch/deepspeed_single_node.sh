@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Runs `rlhf-dist ppo` under the deepspeed launcher on this machine: no Ray, no ssh; every engine spans all ranks.
+# usage: bash launch/deepspeed_single_node.sh CONFIG [key.path=value ...]
+#   RANKS         processes to start (default: one a visible GPU, else 2)
+#   MASTER_PORT   port of the process group (default: DeepSpeed's, 29500)
+# Runs in this repository's root, so relative paths in the config start there.
+set -euo pipefail
+# shellcheck source=launch/_setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
+(($# >= 1)) || die "usage: bash launch/deepspeed_single_node.sh CONFIG [key.path=value ...]"
+
+config="$(config_path "$1")"
+shift
+deepspeed="$(program deepspeed)"
+export_accelerator
+cd "$ROOT"
+
+# The launcher drops CUDA_VISIBLE_DEVICES when it is also told a number: with the variable set, the number shortens the variable instead.
+ranks=()
+if has_gpu && [[ -n "${CUDA_VISIBLE_DEVICES:-}" ]]; then
+  if [[ -n "${RANKS:-}" ]]; then CUDA_VISIBLE_DEVICES="$(cut -d , -f "1-$RANKS" <<<"$CUDA_VISIBLE_DEVICES")"; fi
+  export CUDA_VISIBLE_DEVICES
+else
+  default=2
+  if has_gpu; then default="$(nvidia-smi -L | grep -c '^GPU')"; fi
+  ranks=(--num_gpus "${RANKS:-$default}")
+fi
+
+# An empty hostfile keeps the launcher on this machine; ranks learn their number from LOCAL_RANK, not from an argument.
+exec "$deepspeed" --hostfile /dev/null "${ranks[@]}" ${MASTER_PORT:+--master_port "$MASTER_PORT"} --no_local_rank \
+  --module rlhf_dist.cli.main ppo --config "$config" placement.launcher=spmd "$@"

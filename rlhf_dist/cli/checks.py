@@ -1,0 +1,81 @@
+"""Everything that can be found wrong before a process is started: seconds, no weights loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_dist.config.deepspeed import resolve_deepspeed
+from rlhf_dist.config.engines import EngineSection
+from rlhf_dist.config.errors import UserError
+from rlhf_dist.config.ppo import PPOConfig
+from rlhf_dist.config.rewards import FunctionReward as FunctionRewardSection
+from rlhf_dist.data.prompts import PromptStream, check_prompts
+from rlhf_dist.models.loading import context_length, load_config, load_tokenizer, stop_tokens
+from rlhf_dist.rewards.function import FunctionReward, probe
+
+PROBE_ROWS = 2
+
+
+def check_run(config: PPOConfig) -> dict[str, Any]:
+    """Checks DeepSpeed files, models, data and rewards of a config.
+
+    Returns:
+        Facts worth showing.
+
+    Raises:
+        UserError: the first fault.
+    """
+    _check_engines(config)
+    tokenizer = _check_models(config)
+    counts = check_prompts(config.data, tokenizer)
+    _check_rewards(config, tokenizer)
+    stops = stop_tokens(config.policy.model, tokenizer, trust_remote_code=config.policy.trust_remote_code)
+    rewards = "+".join(source.name for source in config.reward.sources)
+    return {"rewards": rewards, "stop tokens": list(stops), "prompts looked at": {split: c.accepted for split, c in counts.items()}}
+
+
+def _check_engines(config: PPOConfig) -> None:
+    trained = {"policy": config.policy.optim.clip_norm, "value": config.value.optim.clip_norm}
+    for role in ("policy", "reference", "value", "reward"):
+        section: EngineSection = getattr(config, role)
+        resolve_deepspeed(section.deepspeed, dtype=section.dtype, clip_norm=trained.get(role, 0.0), trains=role in trained)
+        if section.dtype == "fp16" and not section.gpus_per_rank and config.placement.launcher == "ray":
+            raise UserError("DeepSpeed refuses fp16 on a CPU", where=f"{role}.dtype", fix=f"use bf16 or fp32, or give {role}.gpus_per_rank")
+
+
+def _check_models(config: PPOConfig) -> PreTrainedTokenizerBase:
+    limit = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    paths = {"policy": config.policy.model, "reference": config.reference.model, "value": config.value.model}
+    for role, path in paths.items():
+        if not path:
+            continue
+        context = context_length(load_config(path, trust_remote_code=getattr(config, role).trust_remote_code))
+        if context is not None and limit > context:
+            raise UserError(
+                f"prompts of up to {config.data.max_prompt_tokens} tokens and completions of up to {config.rollout.max_new_tokens} "
+                f"need {limit} positions; the {role} model has {context}",
+                where="data.max_prompt_tokens, rollout.max_new_tokens",
+                fix=f"lower one of them: their sum may be {context} at most",
+            )
+    for source in config.reward.sources:
+        if source.kind == "model":
+            load_config(source.model, trust_remote_code=config.reward.trust_remote_code)
+            load_tokenizer(source.model, trust_remote_code=config.reward.trust_remote_code)
+    return load_tokenizer(config.policy.model, trust_remote_code=config.policy.trust_remote_code)
+
+
+def _check_rewards(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    functions = [source for source in config.reward.sources if isinstance(source, FunctionRewardSection)]
+    if not functions:
+        return
+    records = PromptStream(config.data, tokenizer, split="train", seed=config.run.seed).batch(0, PROBE_ROWS)
+    columns = _columns([record.columns for record in records])
+    for source in functions:
+        probe(FunctionReward(source.name, source.path), [record.text for record in records], columns)
+
+
+def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}

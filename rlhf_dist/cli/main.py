@@ -1,0 +1,55 @@
+"""The one binary: `rlhf-dist VERB`. A fault the user can mend is printed as one block and ends with status 2."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from rlhf_dist import __version__
+from rlhf_dist.cli import config as config_command
+from rlhf_dist.cli import ppo as ppo_command
+from rlhf_dist.cli import toy as toy_command
+from rlhf_dist.config.errors import UserError
+
+app = typer.Typer(
+    name="rlhf-dist", help="RLHF whose result does not depend on how the work was cut up.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+app.add_typer(config_command.app, name="config")
+app.command("ppo")(ppo_command.ppo)
+app.command("toy")(toy_command.toy)
+
+
+@app.command("version")
+def version() -> None:
+    """Prints the version."""
+    print(__version__)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point. The deepspeed launcher puts `--local_rank=N` first; the ranks know theirs from the environment."""
+    given = [a for a in (sys.argv[1:] if arguments is None else arguments) if not re.fullmatch(r"--local[-_]rank=\d+", a)]
+    try:
+        app(args=given, standalone_mode=False)
+    except UserError as error:
+        rank = f" (rank {os.environ['RANK']})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+        Console(stderr=True, soft_wrap=True).print(Text(f"error{rank}: ", style="bold red") + Text(str(error)))
+        raise SystemExit(2) from None
+    except typer.Exit as ended:
+        raise SystemExit(ended.exit_code) from None
+    except typer.Abort:
+        raise SystemExit(130) from None
+    except Exception as error:
+        if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "show"):
+            error.show()
+            raise SystemExit(2) from None
+        raise
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,3 @@
+"""placeholder"""
+def toy() -> None:
+    """x"""

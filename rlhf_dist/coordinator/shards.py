@@ -1,0 +1,103 @@
+"""Shards on their way through a step: which prompts each holds, its handle, what was computed of it. References only, no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from rlhf_dist.contracts.group import Handle, WorkerGroup
+from rlhf_dist.contracts.roles import GenerateRequest, PolicyRole, RewardRole, RolloutInfo, ScoreInfo, ScoringRole, Stream
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The worker groups of a run; reference is None with LoRA, value is None without GAE."""
+
+    policy: WorkerGroup
+    reward: WorkerGroup
+    reference: WorkerGroup | None = None
+    value: WorkerGroup | None = None
+
+    def all(self) -> list[WorkerGroup]:
+        """The groups that exist."""
+        return [group for group in (self.policy, self.reward, self.reference, self.value) if group is not None]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Which prompts to sample: `count` prompts of a stream from position `start`, `samples` completions each."""
+
+    stream: Stream
+    step: int
+    start: int
+    count: int
+    samples: int
+    max_new_tokens: int | None = None
+
+
+@dataclass
+class Shard:
+    """One rank's rollouts. pieces and judged fill while other ranks score it."""
+
+    rollouts: Handle
+    pieces: list[Handle] = field(default_factory=list)
+    judged: list[Handle] = field(default_factory=list)
+    info: RolloutInfo | None = None
+    scores: list[ScoreInfo] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        """Samples in the shard; known once the rollouts were collected."""
+        assert self.info is not None
+        return len(self.info.prompt_ids)
+
+
+def cut_prompts(start: int, count: int, parts: int) -> list[tuple[int, int]]:
+    """Contiguous ranges (start, count) that differ by at most one prompt: the order of all rows does not depend on `parts`."""
+    bounds = [start + count * part // parts for part in range(parts + 1)]
+    return [(low, high - low) for low, high in zip(bounds, bounds[1:], strict=False)]
+
+
+def generate(policy: WorkerGroup, batch: Batch, version: int, shards_per_rank: int) -> list[Shard]:
+    """Asks every rank for its shards, fixed before generation starts. Does not wait."""
+    cuts = cut_prompts(batch.start, batch.count, policy.world_size * shards_per_rank)
+    requests = [
+        GenerateRequest(batch.stream, batch.step, batch.start, low, count, batch.samples, version, batch.max_new_tokens) for low, count in cuts
+    ]
+    rounds = []
+    for number in range(shards_per_rank):  # rank r holds the contiguous shards r·k to r·k + k − 1
+        rounds.append(policy.submit(PolicyRole.generate, [(request,) for request in requests[number::shards_per_rank]]))
+    return [Shard(rounds[number][rank]) for rank in range(policy.world_size) for number in range(shards_per_rank)]
+
+
+def score(groups: Groups, shards: Sequence[Shard], *, with_value: bool) -> None:
+    """Asks all engines to score each shard; each begins as soon as the shard is there and the engine is free. Does not wait."""
+    for shard in shards:
+        given = (shard.rollouts,)
+        if groups.reference is not None:
+            shard.pieces += _everyone(groups.reference, ScoringRole.score, given)
+        if with_value and groups.value is not None:
+            shard.pieces += _everyone(groups.value, ScoringRole.score, given)
+        shard.judged += _everyone(groups.reward, RewardRole.judge, given)
+    for shard in shards:  # the policy is busy generating until the last shard is done
+        shard.pieces += _everyone(groups.policy, ScoringRole.score, (shard.rollouts,))
+        if groups.reference is None:
+            shard.pieces += _everyone(groups.policy, PolicyRole.reference_score, (shard.rollouts,))
+
+
+def collect_rollouts(policy: WorkerGroup, shards: Sequence[Shard]) -> None:
+    """Waits for generation."""
+    for shard, info in zip(shards, policy.collect([shard.rollouts for shard in shards]), strict=True):
+        shard.info = info
+
+
+def collect_scores(groups: Groups, shards: Sequence[Shard]) -> None:
+    """Waits for rewards and for all pieces."""
+    for shard in shards:
+        shard.scores = groups.reward.collect(shard.judged)
+    for shard in shards:
+        groups.policy.collect(shard.pieces)
+
+
+def _everyone(group: WorkerGroup, method: object, arguments: tuple[object, ...]) -> list[Handle]:
+    return group.submit(method, [arguments] * group.world_size)  # type: ignore[arg-type]

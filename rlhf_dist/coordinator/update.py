@@ -1,0 +1,113 @@
+"""The update phase: epochs of minibatches, policy and value side by side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rlhf_dist.algos.losses import denominator
+from rlhf_dist.config.ppo import PPOConfig
+from rlhf_dist.contracts.group import Handle, WorkerGroup
+from rlhf_dist.contracts.roles import TrainedRole, UpdateInfo, UpdateRequest
+from rlhf_dist.contracts.tally import Tally, merged
+from rlhf_dist.coordinator.experience import Experience
+from rlhf_dist.coordinator.schedule import assign, minibatch_rows
+from rlhf_dist.coordinator.shards import Groups
+
+EARLY_STOP = 1.5  # NUMERICS §1: the update ends when k2(new, old) exceeds this times the target
+
+
+@dataclass
+class UpdateReport:
+    """What an update did. first: metrics of the policy's first minibatch, where law 3 must hold."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    first: dict[str, float] = field(default_factory=dict)
+    policy_steps: int = 0
+    stopped_early: bool = False
+
+
+@dataclass
+class _Pending:
+    group: WorkerGroup
+    handles: list[list[Handle]] = field(default_factory=list)
+    infos: list[list[UpdateInfo]] = field(default_factory=list)
+
+    def collect(self) -> None:
+        for handles in self.handles[len(self.infos) :]:
+            self.infos.append(self.group.collect(handles))
+
+
+class Updater:
+    """Trains policy and value on a step's experience.
+
+    Args:
+        config: copies what it needs.
+        groups: policy, and value if there is one.
+    """
+
+    def __init__(self, config: PPOConfig, groups: Groups) -> None:
+        algorithm = config.algorithm
+        self._groups, self._seed = groups, config.run.seed
+        self._epochs, self._minibatches = algorithm.epochs, algorithm.minibatches
+        self._reduction, self._max_new_tokens = algorithm.reduction, config.rollout.max_new_tokens
+        self._target_kl = algorithm.target_kl_step
+        self._value_warmup = config.value.warmup_steps if groups.value else 0
+        self._budgets = {"policy": config.policy.microbatch_tokens, "value": config.value.microbatch_tokens}
+
+    def update(self, step: int, experience: Experience) -> UpdateReport:
+        """All epochs of one PPO step. Waits between minibatches only where an early stop may be due."""
+        pending = {group.name: _Pending(group) for group in self._trained(step)}
+        self._load(pending, experience)
+        report = UpdateReport()
+        for rows in (rows for epoch in self._plan(step, experience) for rows in epoch):
+            for each in pending.values():
+                each.handles.append(self._train(each.group, rows, experience))
+            if self._target_kl is not None and "policy" in pending and self._too_far(pending["policy"]):
+                report.stopped_early = True
+                break
+        for each in pending.values():
+            each.collect()
+            _summarise(each, report)
+        report.metrics["policy/stopped_early"] = float(report.stopped_early)
+        return report
+
+    def _trained(self, step: int) -> list[WorkerGroup]:
+        value = [self._groups.value] if self._groups.value else []
+        return value if step < self._value_warmup else [self._groups.policy, *value]
+
+    def _load(self, pending: dict[str, _Pending], experience: Experience) -> None:
+        given = (experience.handles, experience.advantages)
+        loads = [(each.group, each.group.submit(TrainedRole.load_experience, [given] * each.group.world_size)) for each in pending.values()]
+        for group, handles in loads:
+            group.collect(handles)
+
+    def _plan(self, step: int, experience: Experience) -> list[list[tuple[int, ...]]]:
+        rows = len(experience.lengths)
+        return minibatch_rows(rows, self._epochs, min(self._minibatches, rows), self._seed, step)
+
+    def _train(self, group: WorkerGroup, rows: tuple[int, ...], experience: Experience) -> list[Handle]:
+        total = denominator([experience.valid_tokens[row] for row in rows], self._reduction, self._max_new_tokens)
+        shares = assign(rows, experience.lengths, group.world_size, self._budgets[group.name])
+        return group.submit(TrainedRole.update, [(UpdateRequest(share, total),) for share in shares])
+
+    def _too_far(self, policy: _Pending) -> bool:
+        assert self._target_kl is not None
+        policy.collect()
+        kl = merged(info.tally for info in policy.infos[-1]).means()["policy/approxkl_avg"]
+        return kl > EARLY_STOP * self._target_kl
+
+
+def _summarise(pending: _Pending, report: UpdateReport) -> None:
+    """Means over the whole update, by exact merge; rank 0's step reports are global already."""
+    name, steps = pending.group.name, [infos[0].step for infos in pending.infos]
+    report.metrics |= merged(info.tally for infos in pending.infos for info in infos).means()
+    norms = Tally()
+    for step in steps:
+        norms.add(f"{name}/grad_norm", step.grad_norm, 1)
+        norms.peak(f"{name}/grad_norm_max", step.grad_norm)
+        norms.add(f"{name}/skipped_steps", float(step.skipped), 1)
+    report.metrics |= norms.means()
+    report.metrics[f"lr/{name}"] = steps[-1].lr
+    if name == "policy":
+        report.first = merged(info.tally for info in pending.infos[0]).means()
+        report.policy_steps = len(steps)

@@ -1,0 +1,174 @@
+"""The DeepSpeed engine: five verbs over one ZeRO-sharded module. Every quirk of DeepSpeed's gradient scaling lives in this file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rlhf_dist.algos.schedules import lr_factor
+from rlhf_dist.config.deepspeed import zero_stage
+from rlhf_dist.config.errors import UserError
+from rlhf_dist.config.optim import OptimSection
+from rlhf_dist.contracts.engine import Objective, Outputs, StepInfo
+from rlhf_dist.contracts.tally import Tally
+from rlhf_dist.engines.process import Rank, quiet_deepspeed
+from rlhf_dist.models.lora import named_weights
+
+BUCKET_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Training:
+    """What makes an engine a trained one: optimiser settings and the number of optimizer steps the schedule spans."""
+
+    optim: OptimSection
+    total_steps: int
+
+
+class DeepSpeedEngine:
+    """One model, sharded over the ranks of the process group (contracts.Engine).
+
+    Args:
+        module: a role's module: `inputs(batch)` gives the keyword arguments of its forward, `blank()` a batch that counts for nothing.
+        config: resolved DeepSpeed config (`config.deepspeed.resolve_deepspeed`).
+        rank: this process.
+        training: None for an engine that only runs forward.
+
+    Raises:
+        UserError: fp16 on a CPU, which DeepSpeed refuses.
+    """
+
+    def __init__(self, module: nn.Module, config: dict[str, Any], rank: Rank, training: Training | None = None) -> None:
+        if config["fp16"]["enabled"] and rank.device == "cpu":
+            raise UserError("DeepSpeed refuses fp16 on a CPU", where="dtype: fp16", fix="use bf16 or fp32 on CPUs")
+        self.rank, self.world_size, self.device = rank.rank, rank.world_size, torch.device(rank.device)
+        self.stage = zero_stage(config)
+        self._training = training
+        self._steps_taken = 0
+        optimizer = _adamw(module, training.optim, self.device) if training else None
+        if training is None and self.stage == 0:
+            self._engine: Any = None
+            self.module: Any = module.to(self.device)
+        else:
+            self._engine, *_ = quiet_deepspeed().initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
+            self.module = self._engine.module
+        self.module.eval()
+
+    def forward(self, microbatches: Sequence[Any], **options: Any) -> list[Outputs]:
+        """Outputs of each microbatch, without gradient, on the CPU. Ranks may pass different numbers of microbatches, also none.
+
+        Under ZeRO 3 every forward is a collective, so ranks with fewer forward blanks along with the others.
+        """
+        rounds = self._agreed_rounds(len(microbatches))
+        call = self.module if self._engine is None else self._engine
+        outputs = []
+        with torch.no_grad():
+            for number in range(rounds):
+                batch = microbatches[number] if number < len(microbatches) else self.module.blank()
+                result = call(**_to(self.module.inputs(batch), self.device), **options)
+                if number < len(microbatches):
+                    outputs.append({name: tensor.cpu() for name, tensor in result.items()})
+        return outputs
+
+    def forward_backward(self, microbatches: Sequence[Any], objective: Objective, denominator: float) -> Tally:
+        """Accumulates the gradient of Σ loss / denominator over all ranks and microbatches.
+
+        DeepSpeed divides what it reduces by the number of ranks and, at the boundary, not by our number of microbatches
+        (gradient_accumulation_steps is 1): so the loss is multiplied by the ranks, and the boundary is set by hand.
+        """
+        rounds = max(self._agreed_rounds(len(microbatches)), 1)
+        tally = Tally()
+        self.module.train(bool(getattr(self.module.model, "is_gradient_checkpointing", False)))  # transformers recomputes in training mode only
+        for number in range(rounds):
+            batch = microbatches[number] if number < len(microbatches) else self.module.blank()
+            self._engine.set_gradient_accumulation_boundary(number == rounds - 1)
+            outputs = self._engine(**_to(self.module.inputs(batch), self.device))
+            if number < len(microbatches):
+                loss, counted = objective(outputs, batch.to(self.device))
+                tally.merge(counted)
+            else:
+                loss = sum(tensor.sum() * 0.0 for tensor in outputs.values() if tensor.requires_grad)
+            self._engine.backward(loss * (self.world_size / denominator))
+        self.module.eval()
+        return tally
+
+    def optimizer_step(self) -> StepInfo:
+        """Clips, steps, advances the schedule, clears the gradient. The norm is global, before clipping."""
+        assert self._training is not None, "an engine without training settings cannot step"
+        optim = self._training.optim
+        lr = optim.lr * lr_factor(self._steps_taken, self._training.total_steps, optim.warmup_steps, optim.schedule)
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        skipped_before = self._engine.skipped_steps
+        replicated_norm = _replicated_norm(self.module)
+        self._engine.step()
+        self._steps_taken += 1
+        norm = self._engine.get_global_grad_norm()
+        return StepInfo(float(norm) if norm else replicated_norm, lr, self._engine.skipped_steps > skipped_before)
+
+    def export_weights(self) -> Iterator[dict[str, Tensor]]:
+        """The full weights under Hugging Face names, adapters merged, in buckets of at most 256 MiB (a larger weight travels alone)."""
+        bucket: dict[str, Tensor] = {}
+        size = 0
+        for name, parameters, compute in named_weights(self.module.model):
+            with self._gathered(parameters):
+                weight = compute().clone()
+            if bucket and size + weight.nbytes > BUCKET_BYTES:
+                yield bucket
+                bucket, size = {}, 0
+            bucket[name] = weight
+            size += weight.nbytes
+        if bucket:
+            yield bucket
+
+    def save(self, folder: Path) -> None:
+        """Writes weights and optimiser state, one file a rank."""
+        self._engine.save_checkpoint(str(folder), tag="engine", client_state={"steps_taken": self._steps_taken}, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Restores what `save` wrote.
+
+        Raises:
+            UserError: the folder holds no checkpoint of this engine.
+        """
+        path, state = self._engine.load_checkpoint(str(folder), tag="engine")
+        if path is None:
+            raise UserError("the folder holds no engine checkpoint", where=str(folder), fix="name a folder that `save` wrote with the same ranks and ZeRO stage")
+        self._steps_taken = state["steps_taken"]
+        self.module.eval()
+
+    def _agreed_rounds(self, mine: int) -> int:
+        if self.world_size == 1:
+            return mine
+        rounds = torch.tensor([mine], dtype=torch.long, device=self.device)
+        dist.all_reduce(rounds, op=dist.ReduceOp.MAX)
+        return int(rounds.item())
+
+    def _gathered(self, parameters: list[nn.Parameter]) -> Any:
+        return quiet_deepspeed().zero.GatheredParameters(parameters, enabled=self.stage == 3)
+
+
+def _adamw(module: nn.Module, optim: OptimSection, device: torch.device) -> torch.optim.Optimizer:
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    module.to(device)
+    return torch.optim.AdamW(
+        parameters, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=device.type == "cuda"
+    )
+
+
+def _replicated_norm(module: nn.Module) -> float:
+    """Norm of gradients that every rank holds whole: DeepSpeed reports none for fp32 without ZeRO."""
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    return {key: _to(inner, device) for key, inner in value.items()} if isinstance(value, dict) else value

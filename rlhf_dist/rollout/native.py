@@ -1,0 +1,198 @@
+"""The native rollout engine: a decode loop over the Hugging Face model. Rows leave as soon as they end, and waiting prompts take their slots.
+
+A completion depends on the weights, the prompt, its id, the sample index and the key alone: its uniform numbers are fixed before the
+first token is drawn, and no row sees another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from rlhf_dist.config.errors import UserError
+from rlhf_dist.contracts.experience import StopReason
+from rlhf_dist.contracts.tally import Tally
+from rlhf_dist.rollout.decoder import SlotDecoder
+from rlhf_dist.rollout.philox import stream_key, uniforms
+from rlhf_dist.rollout.prepack import prepacked
+from rlhf_dist.rollout.probe import check_decoding
+from rlhf_dist.rollout.sampling import Draw, SamplingParams, draw
+from rlhf_dist.rollout.stopping import StopRule
+from rlhf_dist.rollout.traits import decoding, read_traits
+
+REFILL_SHARE = 8
+"""Prompts are taken in once this part (1/8) of the slots is free: one prefill of several rows costs little more than one of a single row."""
+
+
+@dataclass(frozen=True)
+class RolloutRow:
+    """A prompt to complete. `max_new_tokens` shortens the limit of `SamplingParams` for this row."""
+
+    prompt_tokens: tuple[int, ...]
+    prompt_id: int
+    sample_index: int
+    max_new_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The sampled tokens, the stop token included, with their log-probabilities (nats, at the sampling temperature, unfiltered)."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    stop_reason: StopReason
+
+
+@dataclass(frozen=True)
+class SamplingKey:
+    """What the random numbers of a call depend on, beside each row's own ids. `stream` is "train" or "eval"."""
+
+    seed: int
+    stream: str
+    step: int
+
+
+class NativeEngine:
+    """Samples completions with a model's parameters as they are at the time of the call; keeps nothing of them between calls.
+
+    Args:
+        model: a Hugging Face causal LM, peft-wrapped or not, on its device and in its dtype.
+        slots: rows decoded side by side.
+        decode: token ids to text; needed with stop strings.
+
+    Raises:
+        UserError: the model is of a kind that a key/value cache cannot decode.
+    """
+
+    def __init__(self, model: torch.nn.Module, *, slots: int, decode: Callable[[Sequence[int]], str] | None = None) -> None:
+        if slots < 1:
+            raise UserError(f"slots is {slots}", where="rollout.slots", fix="set it to at least 1")
+        self._model, self._slots, self._decode = model, slots, decode
+        self._traits = read_traits(model)
+        self._probed = False
+
+    def generate(self, rows: Sequence[RolloutRow], params: SamplingParams, key: SamplingKey) -> tuple[list[Completion], Tally]:
+        """Completes every row; the completions stand in the order of the rows.
+
+        The tally holds `rollout/rows_per_step` (rows in one decode step) and, with top-k or top-p, `rollout/kept_mass` (mean
+        probability the filters leave).
+
+        Raises:
+            UserError: an empty prompt, a prompt that with its new tokens exceeds the model's context, stop strings without `decode`,
+                logits that are not finite, or a model whose cached decoding disagrees with its own forward (looked at once).
+        """
+        rule = StopRule(params, self._decode)
+        limits = [self._limit(row, params) for row in rows]
+        if not rows:
+            return [], Tally()
+        slots = min(self._slots, len(rows))
+        longest = max(len(row.prompt_tokens) + limit for row, limit in zip(rows, limits, strict=True))
+        with decoding(self._model):
+            if not self._probed:
+                check_decoding(self._model, self._traits)
+                self._probed = True
+            with prepacked(self._model):
+                decoder = SlotDecoder(self._model, self._traits, slots, longest)
+                return _Run(decoder, slots, rows, limits, params, rule, key).completions()
+
+    def _limit(self, row: RolloutRow, params: SamplingParams) -> int:
+        where = f"prompt id {row.prompt_id}, sample {row.sample_index}"
+        if not row.prompt_tokens:
+            raise UserError("the prompt holds no token", where=where, fix="give every prompt at least one token, such as the tokenizer's BOS")
+        limit = params.max_new_tokens if row.max_new_tokens is None else min(row.max_new_tokens, params.max_new_tokens)
+        if limit < 1:
+            raise UserError(f"max_new_tokens of the row is {limit}", where=where, fix="ask for at least one new token")
+        self._traits.check_length(len(row.prompt_tokens), limit, where)
+        return limit
+
+
+@dataclass
+class _Running:
+    """A row being decoded."""
+
+    position: int
+    limit: int
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+
+class _Run:
+    """One call of `generate`: schedule, run, postprocess until nothing is left."""
+
+    def __init__(
+        self,
+        decoder: SlotDecoder,
+        slots: int,
+        rows: Sequence[RolloutRow],
+        limits: Sequence[int],
+        params: SamplingParams,
+        rule: StopRule,
+        key: SamplingKey,
+    ) -> None:
+        self._decoder, self._slots, self._rows, self._limits = decoder, slots, rows, limits
+        self._params, self._rule = params, rule
+        self._width = max(limits)
+        self._uniforms = uniforms(
+            stream_key(key.seed, key.stream, key.step),
+            [row.prompt_id for row in rows],
+            [row.sample_index for row in rows],
+            self._width,
+            decoder.device,
+        ).flatten()
+        # Longest prompts first: neighbours share a prefill with little padding, and a run that does not fit in memory fails at its start.
+        # Popped from the end.
+        self._waiting = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt_tokens))
+        self._active: list[_Running] = []
+        self._done: list[Completion | None] = [None] * len(rows)
+        self._tally = Tally()
+
+    def completions(self) -> tuple[list[Completion], Tally]:
+        """Runs to the end."""
+        while self._waiting or self._active:
+            self._schedule()
+            drawn = self._run()
+            self._postprocess(drawn)
+        return [completion for completion in self._done if completion is not None], self._tally
+
+    def _schedule(self) -> None:
+        free, waiting = self._slots - len(self._active), len(self._waiting)
+        if not waiting or (self._active and free < min(waiting, max(1, self._slots // REFILL_SHARE))):
+            return
+        taken = [self._waiting.pop() for _ in range(min(free, waiting))]
+        self._decoder.admit([self._rows[i].prompt_tokens for i in taken], [i * self._width for i in taken])
+        self._active += [_Running(i, self._limits[i]) for i in taken]
+
+    def _run(self) -> Draw:
+        drawn = draw(self._decoder.step(), self._uniforms[self._decoder.indices_N], self._params)
+        self._decoder.feed(drawn.tokens_N)
+        return drawn
+
+    def _postprocess(self, drawn: Draw) -> None:
+        rows = len(self._active)
+        self._tally.add("rollout/rows_per_step", rows, 1)
+        if drawn.kept_mass_N is not None:
+            self._tally.add("rollout/kept_mass", float(drawn.kept_mass_N.sum()), rows)
+        ended = [self._take(*pair) for pair in zip(self._active, drawn.tokens_N.tolist(), drawn.logprobs_N.tolist(), strict=True)]
+        # From the back: the row that moves into a freed slot is then one that goes on.
+        for slot in reversed([slot for slot, end in enumerate(ended) if end]):
+            self._decoder.drop(slot)
+            self._active[slot] = self._active[-1]
+            self._active.pop()
+
+    def _take(self, running: _Running, token: int, logprob: float) -> bool:
+        """Appends a token; whether the row has ended."""
+        if token < 0:
+            row = self._rows[running.position]
+            raise UserError(
+                "the policy's logits are not finite",
+                where=f"prompt id {row.prompt_id}, sample {row.sample_index}, token {len(running.tokens)}",
+                fix="the weights have overflowed or diverged: lower the learning rate, or use bf16 or fp32 in place of fp16",
+            )
+        running.tokens.append(token)
+        running.logprobs.append(logprob)
+        reason = self._rule.reason(running.tokens, running.limit)
+        if reason is not None:
+            self._done[running.position] = Completion(tuple(running.tokens), tuple(running.logprobs), reason)
+        return reason is not None

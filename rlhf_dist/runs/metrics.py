@@ -1,0 +1,105 @@
+"""Metrics of a run: one JSON line a step, and the same numbers as TensorBoard scalars."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from rlhf_dist.config.errors import UserError
+from rlhf_dist.runs.folder import RunFolder
+
+RESERVED = ("step", "time")
+
+
+class MetricsWriter:
+    """Appends to `metrics.jsonl` and to the TensorBoard events of a run folder. Used by one process (rank 0)."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._file = os.open(folder.metrics, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._where = str(folder.metrics)
+        self._tensorboard = SummaryWriter(str(folder.tensorboard))
+        self._open = True
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Writes all metrics of a step, or none of them.
+
+        Args:
+            step: PPO steps done.
+            metrics: finite numbers by name; names use `/` as TensorBoard does.
+
+        Raises:
+            UserError: a metric that is NaN, infinite or no number. Nothing has been written then.
+            ValueError: a metric called `step` or `time`.
+        """
+        now = time.time()
+        values = {name: _checked(name, value, step) for name, value in metrics.items()}
+        line = json.dumps({"step": step, "time": now, **values}, allow_nan=False) + "\n"
+        self._append(line.encode())
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, global_step=step, walltime=now)
+        self._tensorboard.flush()
+
+    def close(self) -> None:
+        """Closes both files. Safe to call twice."""
+        if self._open:
+            self._open = False
+            os.close(self._file)
+            self._tensorboard.close()
+
+    def _append(self, line: bytes) -> None:
+        """One unbuffered call, so that a killed run leaves whole lines."""
+        written = os.write(self._file, line)
+        if written != len(line):
+            raise UserError(
+                "the disk took only a part of a metrics line", where=self._where, fix="free space on the disk of run.output_dir"
+            )
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`, oldest first: `step`, `time` and the metrics of the step.
+
+    Raises:
+        UserError: unreadable file, or a line that is not a JSON object (named by its number).
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read the metrics: {error.strerror}", where=str(path), fix="pass the folder of a run") from None
+    return [_parsed(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+
+
+def _parsed(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise UserError(
+            f"not JSON: {error}", where=where, fix="remove the line; it was cut when the run was killed or the disk was full"
+        ) from None
+    if not isinstance(record, dict) or "step" not in record:
+        raise UserError("not a metrics record", where=where, fix="pass a metrics.jsonl that a run wrote")
+    return record
+
+
+def _checked(name: str, value: Any, step: int) -> float:
+    if name in RESERVED:
+        raise ValueError(f"a metric may not be called {name!r}")
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise UserError(
+            f"metric {name!r} is {value!r}, not a number", where=f"step {step}", fix="report it: a metric must be a number"
+        ) from None
+    if not math.isfinite(number):
+        raise UserError(
+            f"metric {name!r} is {number}",
+            where=f"step {step}",
+            fix="training has diverged or the metric was computed over nothing; lower the learning rate, look at the last rollouts",
+        )
+    return number

@@ -1,0 +1,67 @@
+"""The reward's worker: user functions in process, model rewards each on an engine of its own."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rlhf_dist.config.ppo import PPOConfig
+from rlhf_dist.config.rewards import ModelReward as ModelRewardSection
+from rlhf_dist.contracts.experience import ExperienceBatch
+from rlhf_dist.contracts.reward import RewardRequest, RewardResult
+from rlhf_dist.contracts.roles import ScoreInfo
+from rlhf_dist.contracts.tally import Tally
+from rlhf_dist.engines.process import Rank
+from rlhf_dist.models.classifier import load_classifier
+from rlhf_dist.models.loading import load_tokenizer
+from rlhf_dist.rewards.function import FunctionReward
+from rlhf_dist.rewards.model import ModelReward
+from rlhf_dist.rewards.text import RewardEncoder
+from rlhf_dist.workers.scoring import rows_of_rank
+from rlhf_dist.workers.training import build_engine
+
+
+class RewardWorker:
+    """One rank of the rewards (contracts.roles.RewardRole). Rewards are judged in the order of the config, so engines meet on all ranks."""
+
+    def __init__(self, config: PPOConfig, rank: Rank) -> None:
+        self._rank = rank
+        self._rewards: list[FunctionReward | ModelReward] = [
+            _model_reward(config, source, rank) if isinstance(source, ModelRewardSection) else FunctionReward(source.name, source.path)
+            for source in config.reward.sources
+        ]
+
+    def judge(self, shard: ExperienceBatch) -> ScoreInfo:
+        """Raw rewards of this rank's rows."""
+        began = time.perf_counter()
+        rows = rows_of_rank(len(shard), self._rank.rank, self._rank.world_size)
+        tally = Tally()
+        results = tuple(self._one(reward, shard, rows, tally) for reward in self._rewards)
+        return ScoreInfo(rows, results, time.perf_counter() - began, tally)
+
+    def _one(self, reward: FunctionReward | ModelReward, shard: ExperienceBatch, rows: tuple[int, ...], tally: Tally) -> RewardResult:
+        if isinstance(reward, ModelReward):
+            result, counted = reward.score(shard, rows)
+            tally.merge(counted)
+            return result
+        if not rows:
+            return RewardResult(reward.name, ())
+        return reward(_request(shard, rows))
+
+
+def _request(shard: ExperienceBatch, rows: tuple[int, ...]) -> RewardRequest:
+    columns: dict[str, list[Any]] = {name: [values[row] for row in rows] for name, values in shard.columns.items()}
+    return RewardRequest([shard.prompts[row] for row in rows], [shard.completions[row] for row in rows], columns)
+
+
+def _model_reward(config: PPOConfig, source: ModelRewardSection, rank: Rank) -> ModelReward:
+    section, trust = config.reward, config.reward.trust_remote_code
+    module = load_classifier(source.model, section.dtype, section.attention, trust, source.label, source.transform)
+    encoder = RewardEncoder(
+        load_tokenizer(source.model, trust_remote_code=trust),
+        load_tokenizer(config.policy.model, trust_remote_code=config.policy.trust_remote_code),
+        module.input_limit(source.max_tokens),
+        source.overlong,
+        config.data.messages_field,
+    )
+    return ModelReward(source.name, build_engine(module, section, rank), encoder, section.microbatch_tokens)

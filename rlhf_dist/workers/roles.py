@@ -1,0 +1,42 @@
+"""Which worker plays which role."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rlhf_dist.config.engines import EngineSection
+from rlhf_dist.config.ppo import PPOConfig
+from rlhf_dist.engines.process import Rank
+
+ROLES = ("policy", "reference", "value", "reward")
+
+
+def needed_roles(config: PPOConfig) -> list[str]:
+    """The roles a run starts: no value engine without GAE, no reference engine with LoRA."""
+    absent = {name for name, needed in (("value", config.needs_value), ("reference", config.needs_reference)) if not needed}
+    return [role for role in ROLES if role not in absent]
+
+
+def section_of(config: PPOConfig, role: str) -> EngineSection:
+    """The config section of a role."""
+    section: EngineSection = getattr(config, role)
+    return section
+
+
+def build_worker(role: str, config: PPOConfig, rank: Rank) -> Any:
+    """Loads a role's models on this rank. Imports are late, so that no process imports what it does not host."""
+    if role == "policy":
+        from rlhf_dist.workers.policy import PolicyWorker
+
+        return PolicyWorker(config, rank)
+    if role == "reference":
+        from rlhf_dist.workers.reference import ReferenceWorker
+
+        return ReferenceWorker(config, rank)
+    if role == "value":
+        from rlhf_dist.workers.value import ValueWorker
+
+        return ValueWorker(config, rank)
+    from rlhf_dist.workers.reward import RewardWorker
+
+    return RewardWorker(config, rank)

@@ -1,0 +1,78 @@
+"""What policy and value workers share: the step's experience, and one optimizer step on part of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from rlhf_dist.algos.whitening import whiten
+from rlhf_dist.config.engines import EngineSection, PolicySection, ValueSection
+from rlhf_dist.config.deepspeed import resolve_deepspeed
+from rlhf_dist.config.ppo import PPOConfig
+from rlhf_dist.contracts.engine import Engine, Objective
+from rlhf_dist.contracts.experience import ExperienceBatch
+from rlhf_dist.contracts.moments import Moments
+from rlhf_dist.contracts.roles import UpdateInfo, UpdateRequest
+from rlhf_dist.engines.deepspeed import DeepSpeedEngine, Training
+from rlhf_dist.engines.process import Rank
+
+
+class Trainer:
+    """Holds the experience between `load` and the last update of a step.
+
+    Args:
+        engine: trained engine.
+        objective: its loss.
+        whitens: whether advantages are whitened with the merged moments.
+    """
+
+    def __init__(self, engine: Engine, objective: Objective, *, whitens: bool) -> None:
+        self._engine, self._objective, self._whitens = engine, objective, whitens
+        self._experience: ExperienceBatch | None = None
+
+    def load(self, shards: Sequence[ExperienceBatch], advantages: Moments) -> int:
+        """Joins the shards in order and whitens the advantages over the global batch."""
+        batch = ExperienceBatch.concat(list(shards))
+        if self._whitens:
+            assert batch.advantages_BT is not None
+            batch = batch.replace(advantages_BT=whiten(batch.advantages_BT, batch.response_mask_BT, advantages))
+        self._experience = batch
+        return len(batch)
+
+    def update(self, request: UpdateRequest) -> UpdateInfo:
+        """One optimizer step on this rank's microbatches; an empty microbatch counts for nothing. Collective."""
+        assert self._experience is not None, "load the experience first"
+        began = time.perf_counter()
+        microbatches = [self._experience.select(rows) for rows in request.microbatches if rows]
+        tally = self._engine.forward_backward(microbatches, self._objective, request.denominator)
+        step = self._engine.optimizer_step()
+        return UpdateInfo(tally, step, time.perf_counter() - began)
+
+
+def build_engine(module: Any, section: EngineSection, rank: Rank, training: Training | None = None) -> DeepSpeedEngine:
+    """An engine from its config section."""
+    clip = training.optim.clip_norm if training else 0.0
+    config = resolve_deepspeed(section.deepspeed, dtype=section.dtype, clip_norm=clip, trains=training is not None)
+    return DeepSpeedEngine(module, config, rank, training)
+
+
+def optimizer_steps(config: PPOConfig) -> int:
+    """Optimizer steps of the whole run: what the learning-rate schedule spans."""
+    return config.run.steps * config.algorithm.epochs * config.algorithm.minibatches
+
+
+def prepare_checkpointing(model: Any, section: PolicySection | ValueSection) -> Any:
+    """Switches activation recomputation on where the section asks for it (dropout is 0, so training mode samples nothing)."""
+    if section.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if hasattr(model, "enable_input_require_grads"):
+            model.enable_input_require_grads()
+    return model
+
+
+def seeded(seed: int) -> None:
+    """Seeds torch for whatever is initialised at random (nothing in a PPO step draws from it)."""
+    torch.manual_seed(seed)

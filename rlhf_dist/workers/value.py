@@ -1,0 +1,50 @@
+"""The value model's worker: values of states, and its own optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rlhf_dist.algos.objectives import ValueObjective
+from rlhf_dist.config.ppo import PPOConfig
+from rlhf_dist.contracts.experience import ExperienceBatch, Piece
+from rlhf_dist.contracts.group import Stored
+from rlhf_dist.contracts.moments import Moments
+from rlhf_dist.contracts.roles import PieceInfo, UpdateInfo, UpdateRequest
+from rlhf_dist.engines.deepspeed import Training
+from rlhf_dist.engines.process import Rank
+from rlhf_dist.models.loading import load_token_scorer, load_tokenizer
+from rlhf_dist.models.value import ValueModule
+from rlhf_dist.workers.export import export_model
+from rlhf_dist.workers.scoring import score_rows
+from rlhf_dist.workers.training import Trainer, build_engine, optimizer_steps, prepare_checkpointing, seeded
+
+
+class ValueWorker:
+    """One rank of the value model (contracts.roles.ScoringRole and TrainedRole)."""
+
+    def __init__(self, config: PPOConfig, rank: Rank) -> None:
+        seeded(config.run.seed)
+        section = config.value
+        path = section.model or config.policy.model
+        model = prepare_checkpointing(load_token_scorer(section, path, zero_head=section.head_init == "zero"), section)
+        self._budget = section.microbatch_tokens
+        self._tokenizer = load_tokenizer(path, trust_remote_code=section.trust_remote_code)
+        self._engine = build_engine(ValueModule(model), section, rank, Training(section.optim, optimizer_steps(config)))
+        self._trainer = Trainer(self._engine, ValueObjective(config.algorithm), whitens=False)
+
+    def score(self, shard: ExperienceBatch) -> Stored[Piece, PieceInfo]:
+        """Values of this rank's rows."""
+        names = {"values_BT": "values_BT", "bootstrap_value_B": "bootstrap_value_B"}
+        return score_rows(self._engine, shard, names, self._budget)
+
+    def load_experience(self, shards: Sequence[ExperienceBatch], advantages: Moments) -> int:
+        """Keeps the step's experience for the updates."""
+        return self._trainer.load(shards, advantages)
+
+    def update(self, request: UpdateRequest) -> UpdateInfo:
+        """One optimizer step."""
+        return self._trainer.update(request)
+
+    def export(self, folder: str) -> None:
+        """Writes the value model as a Hugging Face sequence-classification folder."""
+        export_model(self._engine, self._engine.module.model, self._tokenizer, folder)

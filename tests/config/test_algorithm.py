@@ -1,0 +1,51 @@
+"""`algorithm`: defaults of the numerics, and a bootstrap that needs a critic."""
+
+import pytest
+from pydantic import ValidationError
+
+from rlhf_dist.config.algorithm import AlgorithmSection, KlSection
+
+
+def test_defaults_follow_the_numerics():
+    section = AlgorithmSection()
+    assert (section.gamma, section.lam, section.epochs, section.clip_low, section.clip_high, section.value_clip) == (1.0, 0.95, 4, 0.2, 0.2, 0.2)
+    assert (section.whiten_advantages, section.whiten_rewards, section.reduction, section.truncated) == (True, False, "token_mean", "terminal")
+    assert (KlSection().target, KlSection().horizon, KlSection().adaptive) == (6.0, 10000, False)
+
+
+@pytest.mark.parametrize("estimator", ["reinforce", "rloo", "grpo"])
+def test_bootstrapping_needs_a_value_model(estimator):
+    with pytest.raises(ValidationError, match="truncated: bootstrap needs the value model"):
+        AlgorithmSection(estimator=estimator, truncated="bootstrap")
+    assert AlgorithmSection(estimator=estimator).truncated == "terminal"
+    assert AlgorithmSection(estimator="gae", truncated="bootstrap").truncated == "bootstrap"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"estimator": "ppo"},
+        {"gamma": 0},
+        {"gamma": 1.1},
+        {"lam": -0.1},
+        {"epochs": 0},
+        {"minibatches": 0},
+        {"clip_low": 1.0},
+        {"clip_high": 0},
+        {"dual_clip": 1.0},
+        {"value_clip": 0},
+        {"entropy_coef": -1},
+        {"target_kl_step": 0},
+        {"baseline_momentum": 1.0},
+        {"reduction": "mean"},
+    ],
+)
+def test_ranges(changes):
+    with pytest.raises(ValidationError, match=next(iter(changes))):
+        AlgorithmSection(**changes)
+
+
+@pytest.mark.parametrize("changes", [{"coef": -1}, {"target": 0}, {"horizon": 0}])
+def test_ranges_of_the_kl_section(changes):
+    with pytest.raises(ValidationError, match=next(iter(changes))):
+        KlSection(**changes)

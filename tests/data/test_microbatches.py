@@ -1,0 +1,62 @@
+"""Token-budget cuts: every row once, no microbatch over budget, the order of rows irrelevant to the shapes."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf_dist.data.microbatches import token_budget_cuts
+
+LENGTHS = st.lists(st.integers(0, 60), max_size=40)
+
+
+@given(LENGTHS, st.integers(1, 200))
+def test_every_row_once_and_within_budget(lengths: list[int], budget: int) -> None:
+    cuts = token_budget_cuts(lengths, budget)
+    assert sorted(row for cut in cuts for row in cut) == list(range(len(lengths)))
+    for cut in cuts:
+        assert cut
+        assert len(cut) == 1 or len(cut) * max(lengths[row] for row in cut) <= budget
+
+
+@given(LENGTHS, st.integers(1, 200))
+def test_rows_come_longest_first(lengths: list[int], budget: int) -> None:
+    order = [lengths[row] for cut in token_budget_cuts(lengths, budget) for row in cut]
+    assert order == sorted(lengths, reverse=True)
+
+
+@given(LENGTHS, st.integers(1, 200))
+def test_no_neighbouring_row_was_left_out_that_would_have_fitted(lengths: list[int], budget: int) -> None:
+    cuts = token_budget_cuts(lengths, budget)
+    for cut in cuts[:-1]:
+        assert (len(cut) + 1) * lengths[cut[0]] > budget
+
+
+@given(LENGTHS, st.integers(1, 200), st.randoms(use_true_random=False))
+def test_the_shapes_do_not_depend_on_row_order(lengths: list[int], budget: int, rng: random.Random) -> None:
+    shuffled = list(lengths)
+    rng.shuffle(shuffled)
+
+    def shapes(values: list[int]) -> list[list[int]]:
+        return [[values[row] for row in cut] for cut in token_budget_cuts(values, budget)]
+
+    assert shapes(lengths) == shapes(shuffled)
+
+
+def test_an_example_by_hand() -> None:
+    assert token_budget_cuts([3, 9, 4, 3, 20], 12) == [[4], [1], [2, 0, 3]]
+
+
+def test_equal_lengths_keep_row_order() -> None:
+    assert token_budget_cuts([5, 5, 5], 10) == [[0, 1], [2]]
+
+
+def test_no_rows_no_microbatches() -> None:
+    assert token_budget_cuts([], 8) == []
+
+
+@pytest.mark.parametrize("lengths, budget", [([1], 0), ([-1], 4)])
+def test_impossible_arguments_are_refused(lengths: list[int], budget: int) -> None:
+    with pytest.raises(ValueError):
+        token_budget_cuts(lengths, budget)

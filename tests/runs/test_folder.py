@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rlhf_dist.config.errors import UserError
+from rlhf_dist.runs.folder import RunFolder
+
+
+def test_a_new_folder_has_its_places(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "runs", "ppo", overwrite=False)
+    root = tmp_path / "runs" / "ppo"
+    assert folder.root == root
+    assert folder.rollouts_path(1) == root / "rollouts" / "step_000001.parquet"
+    assert folder.evaluation_path(12) == root / "evaluation" / "step_000012.parquet"
+    assert (folder.config, folder.metrics, folder.summary) == (root / "config.yaml", root / "metrics.jsonl", root / "summary.json")
+    assert (folder.export_policy, folder.export_value) == (root / "export" / "policy", root / "export" / "value")
+    for place in (folder.tensorboard, folder.rollouts, folder.evaluation, folder.checkpoints, folder.export):
+        assert place.is_dir() and place.parent == root
+
+
+def test_the_root_is_absolute_for_workers_that_stand_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert RunFolder.create("runs", "a").root == tmp_path / "runs" / "a"
+
+
+def test_an_existing_run_is_kept_unless_told(tmp_path: Path) -> None:
+    first = RunFolder.create(tmp_path, "a")
+    first.write_config("run: {}\n")
+    with pytest.raises(UserError, match="not empty") as error:
+        RunFolder.create(tmp_path, "a")
+    assert "run.overwrite=true" in str(error.value)
+    assert first.config.read_text() == "run: {}\n"
+
+
+def test_overwrite_empties_a_run_folder(tmp_path: Path) -> None:
+    first = RunFolder.create(tmp_path, "a")
+    first.write_config("old")
+    first.rollouts_path(1).write_text("old")
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "precious").touch()
+    (first.root / "link").symlink_to(outside)
+    second = RunFolder.create(tmp_path, "a", overwrite=True)
+    assert not second.config.exists() and not second.rollouts_path(1).exists() and not (second.root / "link").exists()
+    assert (outside / "precious").exists()
+    RunFolder.create(tmp_path, "a", overwrite=True)
+
+
+def test_overwrite_leaves_a_foreign_folder_alone(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "thesis.tex").touch()
+    with pytest.raises(UserError, match="not made by a run"):
+        RunFolder.create(tmp_path, "a", overwrite=True)
+    assert (tmp_path / "a" / "thesis.tex").exists()
+
+
+def test_an_empty_folder_is_used(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    assert RunFolder.create(tmp_path, "a").checkpoints.is_dir()
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/tmp"])
+def test_a_name_cannot_leave_the_output_folder(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match="cannot name"):
+        RunFolder.create(tmp_path, name, overwrite=True)
+
+
+def test_a_file_in_the_way_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    with pytest.raises(UserError, match="is a file"):
+        RunFolder.create(tmp_path, "a", overwrite=True)
+    with pytest.raises(UserError, match="cannot make"):
+        RunFolder.create(tmp_path / "a", "b")
+
+
+def test_open_takes_run_folders_only(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path, "a")
+    assert RunFolder.open(folder.root) == folder
+    with pytest.raises(UserError, match="not a run folder"):
+        RunFolder.open(tmp_path)
