@@ -54,6 +54,7 @@ class PolicyObjective:
             "policy/clipfrac_avg": tokens.clipped_BT,
             "policy/entropy_avg": outputs["entropy_BT"],
             "val/ratio": ratio_BT,
+            "val/ratio_mean_deviation": (ratio_BT - 1.0).abs(),
         }
         tally = _averages(per_token_BT, tokens.mask_BT)
         _add_loss(tally, "loss/policy_avg", tokens, weights_BT)

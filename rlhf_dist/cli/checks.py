@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_dist.config.deepspeed import resolve_deepspeed
@@ -15,6 +16,7 @@ from rlhf_dist.config.rewards import FunctionReward as FunctionRewardSection
 from rlhf_dist.data.prompts import PromptStream, check_prompts
 from rlhf_dist.models.loading import context_length, load_config, load_tokenizer, stop_tokens
 from rlhf_dist.rewards.function import FunctionReward, probe
+from rlhf_dist.workers.roles import needed_roles, section_of
 
 PROBE_ROWS = 2
 
@@ -39,18 +41,23 @@ def check_run(config: PPOConfig) -> dict[str, Any]:
 
 def _check_engines(config: PPOConfig) -> None:
     trained = {"policy": config.policy.optim.clip_norm, "value": config.value.optim.clip_norm}
-    for role in ("policy", "reference", "value", "reward"):
-        section: EngineSection = getattr(config, role)
+    for role in needed_roles(config):
+        section = section_of(config, role)
         resolve_deepspeed(section.deepspeed, dtype=section.dtype, clip_norm=trained.get(role, 0.0), trains=role in trained)
-        if section.dtype == "fp16" and not section.gpus_per_rank and config.placement.launcher == "ray":
-            raise UserError("DeepSpeed refuses fp16 on a CPU", where=f"{role}.dtype", fix=f"use bf16 or fp32, or give {role}.gpus_per_rank")
+        if section.dtype == "fp16" and not _has_gpu(section, config.placement.launcher):
+            raise UserError("DeepSpeed refuses fp16 on a CPU", where=f"{role}.dtype", fix=f"use bf16 or fp32, or give {role} a GPU")
+
+
+def _has_gpu(section: EngineSection, launcher: str) -> bool:
+    """Ray's ranks see the GPUs they ask for; those of the deepspeed launcher see what this machine has."""
+    return section.gpus_per_rank > 0 if launcher == "ray" else torch.cuda.is_available()
 
 
 def _check_models(config: PPOConfig) -> PreTrainedTokenizerBase:
     limit = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    paths = {"policy": config.policy.model, "reference": config.reference.model, "value": config.value.model}
+    paths = {role: getattr(section_of(config, role), "model", "") for role in needed_roles(config)}
     for role, path in paths.items():
-        if not path:
+        if not path:  # the initial policy
             continue
         context = context_length(load_config(path, trust_remote_code=getattr(config, role).trust_remote_code))
         if context is not None and limit > context:

@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
+from rlhf_dist.cli.quiet import quiet_libraries
 from rlhf_dist.config.loading import dump_config, load_config
 from rlhf_dist.config.ppo import PPOConfig
 
 app = typer.Typer(help="Look at a configuration.", no_args_is_help=True)
 
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="YAML file")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value, in front of the file")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value; wins over the file")]
 
 
 @app.command("show")
@@ -28,5 +29,6 @@ def validate(config: ConfigFile, overrides: Overrides = None) -> None:
     from rlhf_dist.cli.checks import check_run
     from rlhf_dist.cli.paths import with_absolute_paths
 
+    quiet_libraries()
     facts = check_run(with_absolute_paths(load_config(PPOConfig, config, overrides or ())))
     print("valid: " + ", ".join(f"{name} {value}" for name, value in facts.items()))

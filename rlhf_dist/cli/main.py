@@ -18,7 +18,10 @@ from rlhf_dist.cli import toy as toy_command
 from rlhf_dist.config.errors import UserError
 
 app = typer.Typer(
-    name="rlhf-dist", help="RLHF whose result does not depend on how the work was cut up.", no_args_is_help=True, pretty_exceptions_enable=False
+    name="rlhf-dist",
+    help="RLHF whose result does not depend on how the work was cut up.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
 )
 app.add_typer(config_command.app, name="config")
 app.command("ppo")(ppo_command.ppo)
@@ -32,23 +35,23 @@ def version() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point. The deepspeed launcher puts `--local_rank=N` first; the ranks know theirs from the environment."""
+    """Entry point; returns when all went well.
+
+    The deepspeed launcher puts `--local_rank=N` first; the ranks know theirs from the environment.
+
+    Raises:
+        SystemExit: status 2 after an error the user can mend or a wrong command line, 130 after Ctrl-C.
+    """
     given = [a for a in (sys.argv[1:] if arguments is None else arguments) if not re.fullmatch(r"--local[-_]rank=\d+", a)]
     try:
-        app(args=given, standalone_mode=False)
+        app(args=given)
     except UserError as error:
         rank = f" (rank {os.environ['RANK']})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
         Console(stderr=True, soft_wrap=True).print(Text(f"error{rank}: ", style="bold red") + Text(str(error)))
         raise SystemExit(2) from None
-    except typer.Exit as ended:
-        raise SystemExit(ended.exit_code) from None
-    except typer.Abort:
-        raise SystemExit(130) from None
-    except Exception as error:
-        if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "show"):
-            error.show()
-            raise SystemExit(2) from None
-        raise
+    except SystemExit as ended:
+        if ended.code:
+            raise
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from rlhf_dist.cli.config import ConfigFile, Overrides
+from rlhf_dist.cli.quiet import quiet_libraries
 from rlhf_dist.config.loading import load_config
 from rlhf_dist.config.ppo import PPOConfig
 
@@ -24,6 +25,7 @@ def run_ppo(config: PPOConfig) -> Path:
     Raises:
         UserError: anything the user can mend.
     """
+    quiet_libraries()
     if config.placement.launcher == "spmd":
         from rlhf_dist.cli.spmd_launch import run_under_launcher
 

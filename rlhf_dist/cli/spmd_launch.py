@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
+
+from pydantic import ValidationError
 
 from rlhf_dist.cli.checks import check_run
 from rlhf_dist.config.errors import UserError
@@ -22,25 +26,33 @@ def run_under_launcher(config: PPOConfig) -> tuple[Path, bool]:
     """Runs on this rank; returns the run folder, and whether this is rank 0.
 
     Raises:
-        UserError: anything the user can mend; every rank raises it.
+        UserError: anything the user can mend. What only one rank can see is raised there, and the launcher ends the others.
     """
-    rank = _join()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    rank = _join()
     try:
         config = spanning_all_ranks(config, rank.world_size)
         root = agree(rank, lambda: _prepare(config))
-        reporter = ConsoleReporter() if rank.rank == 0 else NullReporter()
         recorder = Recorder(RunFolder.open(root) if rank.rank == 0 else None)
-        groups = {role: SpmdGroup(role, build_worker(role, config, rank), rank) for role in needed_roles(config)}
-        try:
-            PPOCoordinator(config, Groups(**groups), recorder, reporter).run()
-        finally:
-            recorder.close()
-            if isinstance(reporter, ConsoleReporter):
-                reporter.close()
+        reporter = ConsoleReporter() if rank.rank == 0 else NullReporter()
+        with closing(recorder), closing(reporter), spmd_groups(config, rank) as groups:
+            PPOCoordinator(config, groups, recorder, reporter).run()
         return root, rank.rank == 0
     finally:
         stop_process_group()
+
+
+@contextmanager
+def spmd_groups(config: PPOConfig, rank: Rank) -> Iterator[Groups]:
+    """The run's groups inside this process; they let their models go at the end."""
+    groups: dict[str, SpmdGroup] = {}
+    try:
+        for role in needed_roles(config):
+            groups[role] = SpmdGroup(role, build_worker(role, config, rank), rank)
+        yield Groups(**groups)  # type: ignore[arg-type]  # a group takes its own kind of handles only
+    finally:
+        for group in groups.values():
+            group.close()
 
 
 def spanning_all_ranks(config: PPOConfig, world_size: int) -> PPOConfig:
@@ -54,16 +66,18 @@ def spanning_all_ranks(config: PPOConfig, world_size: int) -> PPOConfig:
         values[role]["ranks"] = world_size
     try:
         return PPOConfig.model_validate(values)
-    except ValueError as error:
-        raise UserError(f"the config does not fit {world_size} ranks: {error}", where="deepspeed launcher", fix="start fewer ranks") from None
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise UserError(f"the config does not fit {world_size} ranks: {reason}", where="launcher", fix="start fewer ranks") from None
 
 
 def _join() -> Rank:
     world_size = launched_world_size()
-    if world_size is None:
+    if world_size is None or world_size == 1:
         return start_process_group(0, 1, 0, "127.0.0.1", free_port())
-    place = {name: os.environ.get(name, default) for name, default in (("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500"))}
-    return start_process_group(int(os.environ["RANK"]), world_size, int(place["LOCAL_RANK"]), place["MASTER_ADDR"], int(place["MASTER_PORT"]))
+    place = os.environ
+    local, address, port = place.get("LOCAL_RANK", "0"), place.get("MASTER_ADDR", "127.0.0.1"), place.get("MASTER_PORT", "29500")
+    return start_process_group(int(place["RANK"]), world_size, int(local), address, int(port))
 
 
 def _prepare(config: PPOConfig) -> Path:

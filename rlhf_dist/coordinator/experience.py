@@ -36,7 +36,9 @@ class Coefficients:
     baseline: float
 
 
-def estimate(policy: WorkerGroup, shards: Sequence[Shard], judged: Judged, coefficients: Coefficients, *, whiten_rewards: bool) -> Experience:
+def estimate(
+    policy: WorkerGroup, shards: Sequence[Shard], judged: Judged, coefficients: Coefficients, *, whiten_rewards: bool
+) -> Experience:
     """Estimates advantages shard by shard. Whitened rewards need the moments of all shards first, hence a second pass then."""
     parts = [judged.of(shards, index) for index in range(len(shards))]
     handles, infos = _ask(policy, shards, [_request(part, coefficients, None) for part in parts])

@@ -31,7 +31,8 @@ class Judged:
     def details(self) -> dict[str, list[Any]]:
         """Per-row columns for the rollout log; a dropped row has no score."""
         scores = [score if kept else None for score, kept in zip(self.scores, self.keep, strict=True)]
-        return {"score": scores, "kept": list(self.keep)} | {f"reward/{name}": list(values) for name, values in self.raw.items()}
+        raw = {f"reward/{name}": list(values) for name, values in self.raw.items()}
+        return {"score": scores, "kept": list(self.keep), **raw}
 
 
 def judge(mixer: RewardMixer, shards: Sequence[Shard], group_size: int, *, update: bool) -> Judged:

@@ -1,4 +1,4 @@
-"""The PPO loop: generate → score → estimate → update → sync → record.
+"""The PPO loop: generate → score → estimate → train → sync → record.
 
 Everything here handles references and one number a sample; tensors stay with the workers (law 7). Under Ray this class lives
 in an actor; under the deepspeed launcher, and in one plain process, every rank runs it over groups that look the same.
@@ -7,6 +7,8 @@ in an actor; under the deepspeed launcher, and in one plain process, every rank 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rlhf_dist.algos.advantages import next_baseline
@@ -14,21 +16,26 @@ from rlhf_dist.algos.kl import next_kl_coef
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.config.loading import dump_config
 from rlhf_dist.config.ppo import PPOConfig
-from rlhf_dist.contracts.roles import PolicyRole, TrainedRole
-from rlhf_dist.contracts.tally import merged
+from rlhf_dist.contracts.roles import PolicyRole
+from rlhf_dist.coordinator.checkpoint import checkpoint, export
 from rlhf_dist.coordinator.clock import Clock
 from rlhf_dist.coordinator.experience import Coefficients, Experience, estimate
-from rlhf_dist.coordinator.held_out import evaluate
+from rlhf_dist.coordinator.held_out import HeldOutRecord, evaluate
 from rlhf_dist.coordinator.judging import Judged, judge
+from rlhf_dist.coordinator.outcome import StepOutcome
 from rlhf_dist.coordinator.preflight import check_first_minibatch, preflight
 from rlhf_dist.coordinator.recorder import Recorder
 from rlhf_dist.coordinator.shards import Batch, Groups, Shard, collect_rollouts, collect_scores, generate, score
-from rlhf_dist.coordinator.update import Updater, UpdateReport
-from rlhf_dist.evaluation.held_out import EvaluationResult
+from rlhf_dist.coordinator.update import Updater
 from rlhf_dist.rewards.mixture import RewardMixer
 from rlhf_dist.runs.progress import Reporter
 from rlhf_dist.runs.state import RunState
-from rlhf_dist.runs.summary import HeldOut, Summary, config_hash
+from rlhf_dist.runs.summary import Summary, config_hash
+
+FILTERED = (
+    "rollout.top_k and rollout.top_p cut the sampled distribution: the trained ratio is off by the probability they leave, "
+    "logged as rollout/kept_mass"
+)
 
 
 class PPOCoordinator:
@@ -46,8 +53,8 @@ class PPOCoordinator:
         self.state = RunState(kl_coef=config.algorithm.kl.coef)
         self.mixer = RewardMixer(config.reward, config.rollout.max_new_tokens)
         self.updater = Updater(config, groups)
-        self.clock = Clock()
-        self.evaluations: dict[int, EvaluationResult] = {}
+        self.held_out = HeldOutRecord()
+        self.clock, self.evaluation_clock = Clock(), Clock()
         self.last_kl: float | None = None
         self._held_out_prompts = 0
 
@@ -64,56 +71,54 @@ class PPOCoordinator:
         return self._finish(time.perf_counter() - began)
 
     def _step(self, step: int) -> None:
-        clock, sent = Clock(), self._bytes()
-        with clock.phase("generate"):  # 1. sample; scoring of early shards begins meanwhile
-            shards = self._generate(step)
-        with clock.phase("score"):  # 2. old log-probs, reference, values, rewards
+        """One iteration. Under Ray asking does not wait: all engines have their orders while the first shard is still being sampled."""
+        clock, moved, rollout = Clock(), self.groups.bytes_moved(), self.config.rollout
+        with self._phase(clock, step, "generate"):  # 1. sample: every rank its shards, fixed before it begins
+            shards = generate(self.groups.policy, self._batch(step), self.state.policy_version, rollout.shards_per_rank)
+        with self._phase(clock, step, "score"):  # 2. old log-probs, reference, values and rewards, of each shard as soon as it is there
+            score(self.groups, shards, with_value=True)
+        with self._phase(clock, step, "generate"):
+            clock.tokens = collect_rollouts(self.groups.policy, shards)
+        with self._phase(clock, step, "score"):
             collect_scores(self.groups, shards)
-            judged = judge(self.mixer, shards, self.config.rollout.samples_per_prompt, update=True)
-        with clock.phase("estimate"):  # 3. advantages and returns
+            judged = judge(self.mixer, shards, rollout.samples_per_prompt, update=True)
+        with self._phase(clock, step, "estimate"):  # 3. advantages and returns on the policy workers, moments merged here
             experience = self._estimate(shards, judged)
-        with clock.phase("train"):  # 4. epochs of minibatches, policy and value side by side
+        with self._phase(clock, step, "train"):  # 4. epochs of minibatches, policy and value side by side
             report = self.updater.update(step, experience)
-            if report.first:
-                check_first_minibatch(report.first, self.config.policy.dtype, step)
-        with clock.phase("sync"):  # 5. the sampler gets the new weights
-            self._sync(self.state.policy_version + (report.policy_steps > 0))
-        with clock.phase("record"):  # 6. rollouts, metrics, evaluation, checkpoint
-            self._write_rollouts(step, shards, judged)
-        clock.tokens = sum(n for shard in shards if shard.info for n in shard.info.response_lengths)
-        self._advance(step, judged, experience, report)
-        self._record(step, clock, (self._bytes() - sent) / len(judged.scores), [judged, experience, report])
+            check_first_minibatch(report.first, self.config.policy.dtype, step)
+        with self._phase(clock, step, "sync"):  # 5. the sampler gets the new weights, if there are any
+            self._sync_weights(self.state.policy_version + (report.policy_steps > 0))
+        with self._phase(clock, step, "record"):  # 6. every sample to Parquet; then the state moves on, and the step is shown
+            self._write_rollouts(step + 1, shards, judged)
+        self._complete(StepOutcome(shards, judged, experience, report, clock, self.groups.bytes_moved() - moved))
 
     def _start(self) -> None:
         self.recorder.config(self.config)
-        facts = self.groups.policy.collect(self.groups.policy.submit(PolicyRole.describe, [()] * self.groups.policy.world_size))[0]
+        policy, rollout = self.groups.policy, self.config.rollout
+        facts = policy.collect(policy.submit(PolicyRole.describe, [()] * policy.world_size))[0]
         self._held_out_prompts = facts["held_out_prompts"]
         self.reporter.started(facts | {group.name: f"{group.world_size} rank(s)" for group in self.groups.all()})
-        self._sync(0)
+        if rollout.top_k or rollout.top_p < 1:
+            self.reporter.message(FILTERED)
+        self._sync_weights(0)
         seen = preflight(self.config, self.groups, self.state.policy_version)
         self.reporter.message("preflight passed: " + ", ".join(f"{k.split('/', 1)[1]} {v:.2g}" for k, v in seen.items()))
         self.recorder.metrics(0, seen | self._evaluate(0))
 
-    def _generate(self, step: int) -> list[Shard]:
-        self.reporter.phase(step, "generate")
-        rollout = self.config.rollout
-        batch = Batch("train", step, self.state.prompt_cursor, rollout.prompts_per_step, rollout.samples_per_prompt)
-        shards = generate(self.groups.policy, batch, self.state.policy_version, rollout.shards_per_rank)
-        score(self.groups, shards, with_value=True)
-        collect_rollouts(self.groups.policy, shards)
-        self.reporter.phase(step, "score")
-        return shards
+    def _batch(self, step: int) -> Batch:
+        return Batch("train", step, self.state.prompt_cursor, self.config.rollout.prompts_per_step, self.config.rollout.samples_per_prompt)
 
-    def _estimate(self, shards: list[Shard], judged: Judged) -> Experience:
+    def _estimate(self, shards: Sequence[Shard], judged: Judged) -> Experience:
+        """`reinforce` has no running mean yet at step 0: there the scores' own mean takes its place (KL is 0 then)."""
         kept = [score for score, keep in zip(judged.scores, judged.keep, strict=True) if keep]
         baseline = sum(kept) / len(kept) if self.state.step == 0 else self.state.baseline
         coefficients = Coefficients(self.state.kl_coef, baseline)
-        experience = estimate(self.groups.policy, shards, judged, coefficients, whiten_rewards=self.config.algorithm.whiten_rewards)
-        self.reporter.phase(self.state.step, "train")
-        return experience
+        return estimate(self.groups.policy, shards, judged, coefficients, whiten_rewards=self.config.algorithm.whiten_rewards)
 
-    def _sync(self, version: int) -> None:
-        sums = self.groups.policy.collect(self.groups.policy.submit(PolicyRole.sync_weights, [(version,)] * self.groups.policy.world_size))
+    def _sync_weights(self, version: int) -> None:
+        policy = self.groups.policy
+        sums = policy.collect(policy.submit(PolicyRole.sync_weights, [(version,)] * policy.world_size))
         if len(set(sums)) != 1:
             raise UserError(
                 f"after the sync to version {version} the ranks hold different weights (checksums {sorted(set(sums))})",
@@ -122,68 +127,53 @@ class PPOCoordinator:
             )
         self.state.policy_version = version
 
-    def _write_rollouts(self, step: int, shards: list[Shard], judged: Judged) -> None:
+    def _write_rollouts(self, done: int, shards: Sequence[Shard], judged: Judged) -> None:
         details = [judged.of(shards, index).details() for index in range(len(shards))]
-        given = (self.recorder.rollouts_path(step + 1), [s.rollouts for s in shards], [s.pieces for s in shards], details)
+        given = (self.recorder.rollouts_path(done), [s.rollouts for s in shards], [s.pieces for s in shards], details)
         policy = self.groups.policy
         policy.collect(policy.submit(PolicyRole.write_rollouts, [given] * policy.world_size))
 
-    def _advance(self, step: int, judged: Judged, experience: Experience, report: UpdateReport) -> None:
-        """Moves the one state object on."""
-        state, algorithm, episodes = self.state, self.config.algorithm, len(experience.kl)
-        self.last_kl = sum(experience.kl) / episodes
-        mean_return = experience.tally.means()["objective/rlhf_reward"]
-        state.baseline = next_baseline(None if state.step == 0 else state.baseline, mean_return, algorithm.baseline_momentum)
-        self._used_kl_coef = state.kl_coef
-        if algorithm.kl.adaptive:
-            state.kl_coef = next_kl_coef(state.kl_coef, self.last_kl, episodes, algorithm.kl.target, algorithm.kl.horizon)
-        state.step = step + 1
-        state.prompt_cursor += self.config.rollout.prompts_per_step
-        state.optimizer_steps += report.policy_steps
-        state.reward_mixer = dict(self.mixer.state_dict())
-        state.count_dropped("every reward abstained", len(judged.keep) - sum(judged.keep))
-
-    def _record(self, step: int, clock: Clock, bytes_per_sample: float, parts: list[Any]) -> None:
-        judged, experience, report = parts
-        self.clock.add(clock)
-        metrics = merged([judged.tally, experience.tally]).means() | report.metrics | clock.metrics()
-        metrics |= {"objective/kl_coef": self._used_kl_coef, "coordinator/bytes_per_sample": bytes_per_sample}
-        metrics |= {"episode": float(self.state.prompt_cursor * self.config.rollout.samples_per_prompt), "policy/version": float(self.state.policy_version)}
-        done = step + 1
-        every = self.config.evaluation.every
-        if (every and done % every == 0) or done == self.config.run.steps:
+    def _complete(self, outcome: StepOutcome) -> None:
+        """Advances the state, evaluates and saves when it is time, and shows the step."""
+        metrics = outcome.metrics() | {"objective/kl_coef": self.state.kl_coef}
+        self._advance(outcome)
+        done, total = self.state.step, self.config.run.steps
+        self.clock.add(outcome.clock)
+        samples = self.state.prompt_cursor * self.config.rollout.samples_per_prompt
+        metrics |= {"episode": float(samples), "policy/version": float(self.state.policy_version)}
+        if done == total or _due(done, self.config.evaluation.every):
             metrics |= self._evaluate(done)
         self.recorder.metrics(done, metrics)
-        if self.config.checkpoint.every and done % self.config.checkpoint.every == 0:
-            self._checkpoint()
-        self.reporter.step(done, self.config.run.steps, metrics)
+        if _due(done, self.config.checkpoint.every):
+            checkpoint(self.groups, self.recorder, self.state, self.config.checkpoint.keep)
+        self.reporter.step(done, total, metrics)
+
+    def _advance(self, outcome: StepOutcome) -> None:
+        """Moves the one state object on. All figures are over all ranks."""
+        state, algorithm = self.state, self.config.algorithm
+        self.last_kl = outcome.kl
+        if algorithm.kl.adaptive:
+            state.kl_coef = next_kl_coef(state.kl_coef, outcome.kl, outcome.episodes, algorithm.kl.target, algorithm.kl.horizon)
+        state.baseline = next_baseline(None if state.step == 0 else state.baseline, outcome.mean_return, algorithm.baseline_momentum)
+        state.step += 1
+        state.prompt_cursor += self.config.rollout.prompts_per_step
+        state.optimizer_steps += outcome.report.policy_steps
+        state.reward_mixer = dict(self.mixer.state_dict())
+        state.count_dropped("every reward abstained", outcome.dropped)
 
     def _evaluate(self, step: int) -> dict[str, float]:
         if not self._held_out_prompts:
             return {}
-        self.reporter.phase(step, "evaluate")
         batch = Batch("eval", step, 0, self._held_out_prompts, self.config.evaluation.samples_per_prompt)
-        with self.clock.phase("evaluate"):
-            result = evaluate(self.groups, self.mixer, batch, self.state.policy_version, self.recorder.evaluation_path(step))
-        self.evaluations[step] = result
+        with self._phase(self.evaluation_clock, step, "evaluate"):
+            samples = evaluate(self.groups, self.mixer, batch, self.state.policy_version, self.recorder.evaluation_path(step))
+        self.evaluation_clock.tokens += sum(samples.lengths)
+        result = self.held_out.add(samples)
         self.state.record_evaluation(result.score.mean, step)
         return result.metrics()
 
-    def _checkpoint(self) -> None:
-        folder = self.recorder.begin_checkpoint(self.state.step)
-        self._export({group.name: f"{folder}/{group.name}" for group in self._trained()})
-        self.recorder.publish_checkpoint(self.state, self.config.checkpoint.keep)
-
-    def _trained(self) -> list[Any]:
-        return [group for group in (self.groups.policy, self.groups.value) if group is not None]
-
-    def _export(self, folders: dict[str, str]) -> None:
-        asked = [(group, group.submit(TrainedRole.export, [(folders[group.name],)] * group.world_size)) for group in self._trained()]
-        for group, handles in asked:
-            group.collect(handles)
-
     def _finish(self, seconds: float) -> dict[str, Any]:
-        self._export({group.name: self.recorder.export_path(group.name) for group in self._trained()})
+        export(self.groups, self.recorder.export_path)
         summary = Summary(
             name=self.config.run.name,
             seed=self.config.run.seed,
@@ -192,9 +182,9 @@ class PPOCoordinator:
             optimizer_steps=self.state.optimizer_steps,
             wall_seconds=seconds,
             kl=self.last_kl,
-            held_out=self._held_out(),
-            tokens_per_second=self.clock.throughput(),
-            seconds=self.clock.seconds,
+            held_out=self.held_out.summary(self.state.best_score, self.state.best_step),
+            tokens_per_second=self.clock.throughput() | self.evaluation_clock.throughput(),
+            seconds=self.clock.seconds | self.evaluation_clock.seconds,
             dropped=self.state.dropped,
         ).to_dict()
         self.recorder.summary(summary)
@@ -202,12 +192,12 @@ class PPOCoordinator:
         self.reporter.finished(summary)
         return summary
 
-    def _held_out(self) -> HeldOut | None:
-        if not self.evaluations:
-            return None
-        first, last = min(self.evaluations), max(self.evaluations)
-        before, after = self.evaluations[first].to_dict(), self.evaluations[last].to_dict()
-        return HeldOut(before, after, None, self.state.best_score, self.state.best_step)
+    @contextmanager
+    def _phase(self, clock: Clock, step: int, name: str) -> Iterator[None]:
+        self.reporter.phase(step, name)
+        with clock.phase(name):
+            yield
 
-    def _bytes(self) -> int:
-        return sum(getattr(group, "bytes_sent", 0) + getattr(group, "bytes_received", 0) for group in self.groups.all())
+
+def _due(done: int, every: int) -> bool:
+    return every > 0 and done % every == 0

@@ -2,42 +2,54 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.config.ppo import PPOConfig
+from rlhf_dist.contracts.group import WorkerGroup
 from rlhf_dist.contracts.roles import PolicyRole, RatioInfo
 from rlhf_dist.contracts.tally import merged
-from rlhf_dist.coordinator.judging import judge
-from rlhf_dist.coordinator.shards import Batch, Groups, collect_rollouts, collect_scores, generate, score
-from rlhf_dist.rewards.mixture import RewardMixer
+from rlhf_dist.coordinator.judging import raw_rewards
+from rlhf_dist.coordinator.shards import Batch, Groups, Shard, collect_rollouts, collect_scores, generate, score
 
 PROBE_TOKENS = 16
 PROBE_STEP = 2**31 - 1  # keys random numbers that no training step uses
 
 CAUSES = {
     "ratio": "padding reaches attention or positions, dropout is on, or a kernel depends on the batch",
-    "sampler": "the sampler has other weights, another temperature or other positions than the trainer, or its cache does not fit this architecture",
-    "reference": "the reference is another checkpoint or loads in another precision than the policy",
+    "sampler": "the sampler has other weights, another temperature or other positions than the trainer, "
+    "or its cache does not fit this architecture",
+    "reference": "reference and policy are loaded differently (attention kernel, remote code), the folder changed while the run started, "
+    "or an adapter does not start as the identity",
 }
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Limits of law 3 on |ρ − 1|, |log-prob gap| and |k1|. fp32 bounds the largest token; half precision, where padding alone moves logits, the mean."""
+    """Limits of law 3 over tokens: |ρ − 1| and |k1| (`ratio`), the log-prob gap (`sampler`), each on mean and maximum; the clip fraction.
 
-    ratio: float
-    sampler: float
-    statistic: str
+    The mean tells: what goes wrong moves it by orders of magnitude. Rounding alone has a tail (1.2e-5 in fp32 on unlikely tokens of a tiny
+    model), so the maximum is held loosely, and in half precision, where padding alone moves logits, not at all.
+    """
+
+    ratio: tuple[float, float]
+    sampler: tuple[float, float]
+    clipped: float
 
     @staticmethod
     def of(dtype: str) -> Tolerance:
         """The limits at a precision (DESIGN, law 3)."""
-        return Tolerance(1e-5, 1e-4, "max") if dtype == "fp32" else Tolerance(5e-3, 2e-2, "mean")
+        if dtype == "fp32":
+            return Tolerance(ratio=(1e-5, 1e-3), sampler=(1e-4, 1e-2), clipped=0.0)
+        return Tolerance(ratio=(5e-3, math.inf), sampler=(2e-2, math.inf), clipped=1e-3)
 
 
 def preflight(config: PPOConfig, groups: Groups, version: int) -> dict[str, float]:
-    """Samples a few prompts and compares sampler, trainer and reference; all rewards judge the samples too.
+    """Samples a few prompts and compares sampler, trainer and reference; value and rewards judge the samples too.
+
+    A reward may abstain on the short probes; it must not fail.
 
     Returns:
         The gaps that were seen, as metrics.
@@ -51,19 +63,18 @@ def preflight(config: PPOConfig, groups: Groups, version: int) -> dict[str, floa
     score(groups, shards, with_value=True)
     collect_rollouts(groups.policy, shards)
     collect_scores(groups, shards)
-    judge(RewardMixer(config.reward, config.rollout.max_new_tokens), shards, 1, update=False)
-    infos: list[RatioInfo] = []
     for shard in shards:
-        handles = groups.policy.submit(PolicyRole.ratio_check, [(shard.rollouts, shard.pieces)] * groups.policy.world_size)
-        infos += groups.policy.collect(handles)
-    seen = merged(info.tally for info in infos).means()
+        raw_rewards(shard)
+    seen = merged(info.tally for info in _ratio_checks(groups.policy, shards)).means()
     check_gaps(seen, config.policy.dtype, same_reference=reference_is_policy(config))
     return {f"preflight/{name}": value for name, value in seen.items()}
 
 
 def reference_is_policy(config: PPOConfig) -> bool:
     """Whether the reference starts as the very policy, at the same precision: then KL at step 0 must be 0."""
-    return config.reference.model in ("", config.policy.model) and (config.policy.lora is not None or config.reference.dtype == config.policy.dtype)
+    return config.reference.model in ("", config.policy.model) and (
+        config.policy.lora is not None or config.reference.dtype == config.policy.dtype
+    )
 
 
 def check_gaps(seen: dict[str, float], dtype: str, *, same_reference: bool) -> None:
@@ -75,25 +86,53 @@ def check_gaps(seen: dict[str, float], dtype: str, *, same_reference: bool) -> N
     limit = Tolerance.of(dtype)
     limits = {"ratio": limit.ratio, "sampler": limit.sampler} | ({"reference": limit.ratio} if same_reference else {})
     for name, allowed in limits.items():
-        gap = seen[f"{name}/{limit.statistic}"]
-        if not gap <= allowed:
-            raise _breach(name, f"{limit.statistic} {gap:.3g}, allowed {allowed:g} in {dtype}", "preflight (law 3, on-policy identity)")
+        found = _beyond({"mean": seen[f"{name}/mean"], "largest": seen[f"{name}/max"]}, {"mean": allowed[0], "largest": allowed[1]})
+        if found:
+            raise _breach(name, f"{found} in {dtype}", "preflight (law 3, on-policy identity)")
 
 
 def check_first_minibatch(first: dict[str, float], dtype: str, step: int) -> None:
     """Ratio 1 and clip fraction 0 in the first minibatch of the first epoch.
 
+    Args:
+        first: metrics of the policy's first minibatch; empty where the step trained the value model alone.
+        dtype: the policy's precision.
+        step: from 0.
+
     Raises:
         UserError: a breach.
     """
-    where = f"step {step + 1}, first minibatch (law 3, on-policy identity)"
-    if dtype == "fp32":
-        if not first["val/ratio_max_deviation"] <= 1e-5:
-            raise _breach("ratio", f"max |ρ − 1| {first['val/ratio_max_deviation']:.3g}, allowed 1e-05 in fp32", where)
-    elif not (abs(first["val/ratio"] - 1) <= 5e-3 and first["policy/clipfrac_avg"] <= 1e-3):
-        raise _breach("ratio", f"ratio {first['val/ratio']:.5f}, clip fraction {first['policy/clipfrac_avg']:.5f} in {dtype}", where)
+    if not first:
+        return
+    limit = Tolerance.of(dtype)
+    found = _beyond(
+        {
+            "mean |ρ − 1|": first["val/ratio_mean_deviation"],
+            "largest |ρ − 1|": first["val/ratio_max_deviation"],
+            "clip fraction": first["policy/clipfrac_avg"],
+        },
+        {"mean |ρ − 1|": limit.ratio[0], "largest |ρ − 1|": limit.ratio[1], "clip fraction": limit.clipped},
+    )
+    if found:
+        raise _breach("ratio", f"{found} in {dtype}", f"step {step + 1}, first minibatch (law 3, on-policy identity)")
+
+
+def _beyond(seen: Mapping[str, float], allowed: Mapping[str, float]) -> str:
+    """The figures that are not within their limits (NaN never is), in words."""
+    return ", ".join(f"{name} {value:.3g} (allowed {allowed[name]:g})" for name, value in seen.items() if not value <= allowed[name])
+
+
+def _ratio_checks(policy: WorkerGroup, shards: Sequence[Shard]) -> list[RatioInfo]:
+    infos: list[RatioInfo] = []
+    for shard in shards:
+        infos += policy.collect(policy.submit(PolicyRole.ratio_check, [(shard.rollouts, shard.pieces)] * policy.world_size))
+    return infos
 
 
 def _breach(name: str, seen: str, where: str) -> UserError:
-    titles = {"ratio": "the policy disagrees with itself", "sampler": "sampler and trainer disagree", "reference": "KL to the reference is not 0 at step 0"}
+    titles = {
+        "ratio": "the policy disagrees with itself",
+        "sampler": "sampler and trainer disagree",
+        "reference": "KL to the reference is not 0 at step 0",
+    }
     return UserError(f"{titles[name]}: {seen}", where=where, fix=f"likely causes: {CAUSES[name]}")

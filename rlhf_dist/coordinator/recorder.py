@@ -63,6 +63,8 @@ class Recorder:
             write_summary(self.folder.summary, summary)
 
     def close(self) -> None:
-        """Closes the files. Safe to call twice."""
+        """Closes the files. A run that ended before it recorded a metric leaves its folder empty, for the next try. Safe to call twice."""
         if self._metrics:
             self._metrics.close()
+        if self.folder:
+            self.folder.clear_unused()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from rlhf_dist.contracts.group import Handle, WorkerGroup
 from rlhf_dist.contracts.roles import GenerateRequest, PolicyRole, RewardRole, RolloutInfo, ScoreInfo, ScoringRole, Stream
@@ -21,6 +22,14 @@ class Groups:
     def all(self) -> list[WorkerGroup]:
         """The groups that exist."""
         return [group for group in (self.policy, self.reward, self.reference, self.value) if group is not None]
+
+    def trained(self) -> list[WorkerGroup]:
+        """The groups that take optimizer steps: the policy, and the value model where there is one."""
+        return [group for group in (self.policy, self.value) if group is not None]
+
+    def bytes_moved(self) -> int:
+        """What passed between coordinator and workers so far (law 7: it grows with samples, never with tokens)."""
+        return sum(getattr(group, "bytes_sent", 0) + getattr(group, "bytes_received", 0) for group in self.all())
 
 
 @dataclass(frozen=True)
@@ -55,14 +64,15 @@ class Shard:
 def cut_prompts(start: int, count: int, parts: int) -> list[tuple[int, int]]:
     """Contiguous ranges (start, count) that differ by at most one prompt: the order of all rows does not depend on `parts`."""
     bounds = [start + count * part // parts for part in range(parts + 1)]
-    return [(low, high - low) for low, high in zip(bounds, bounds[1:], strict=False)]
+    return [(low, high - low) for low, high in pairwise(bounds)]
 
 
 def generate(policy: WorkerGroup, batch: Batch, version: int, shards_per_rank: int) -> list[Shard]:
     """Asks every rank for its shards, fixed before generation starts. Does not wait."""
     cuts = cut_prompts(batch.start, batch.count, policy.world_size * shards_per_rank)
     requests = [
-        GenerateRequest(batch.stream, batch.step, batch.start, low, count, batch.samples, version, batch.max_new_tokens) for low, count in cuts
+        GenerateRequest(batch.stream, batch.step, batch.start, low, count, batch.samples, version, batch.max_new_tokens)
+        for low, count in cuts
     ]
     rounds = []
     for number in range(shards_per_rank):  # rank r holds the contiguous shards r·k to r·k + k − 1
@@ -85,10 +95,12 @@ def score(groups: Groups, shards: Sequence[Shard], *, with_value: bool) -> None:
             shard.pieces += _everyone(groups.policy, PolicyRole.reference_score, (shard.rollouts,))
 
 
-def collect_rollouts(policy: WorkerGroup, shards: Sequence[Shard]) -> None:
-    """Waits for generation."""
-    for shard, info in zip(shards, policy.collect([shard.rollouts for shard in shards]), strict=True):
+def collect_rollouts(policy: WorkerGroup, shards: Sequence[Shard]) -> int:
+    """Waits for generation; returns the response tokens sampled."""
+    infos: list[RolloutInfo] = policy.collect([shard.rollouts for shard in shards])
+    for shard, info in zip(shards, infos, strict=True):
         shard.info = info
+    return sum(n for info in infos for n in info.response_lengths)
 
 
 def collect_scores(groups: Groups, shards: Sequence[Shard]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rlhf_dist.algos.losses import denominator
 from rlhf_dist.config.ppo import PPOConfig
+from rlhf_dist.contracts.engine import StepInfo
 from rlhf_dist.contracts.group import Handle, WorkerGroup
 from rlhf_dist.contracts.roles import TrainedRole, UpdateInfo, UpdateRequest
 from rlhf_dist.contracts.tally import Tally, merged
@@ -18,7 +20,11 @@ EARLY_STOP = 1.5  # NUMERICS §1: the update ends when k2(new, old) exceeds this
 
 @dataclass
 class UpdateReport:
-    """What an update did. first: metrics of the policy's first minibatch, where law 3 must hold."""
+    """What an update did.
+
+    first: metrics of the policy's first minibatch, where law 3 must hold; empty where the policy was not trained.
+    policy_steps: optimizer steps the policy took (a step that fp16 overflow skipped is none).
+    """
 
     metrics: dict[str, float] = field(default_factory=dict)
     first: dict[str, float] = field(default_factory=dict)
@@ -72,8 +78,7 @@ class Updater:
         return report
 
     def _trained(self, step: int) -> list[WorkerGroup]:
-        value = [self._groups.value] if self._groups.value else []
-        return value if step < self._value_warmup else [self._groups.policy, *value]
+        return [group for group in self._groups.trained() if group is not self._groups.policy or step >= self._value_warmup]
 
     def _load(self, pending: dict[str, _Pending], experience: Experience) -> None:
         given = (experience.handles, experience.advantages)
@@ -101,13 +106,18 @@ def _summarise(pending: _Pending, report: UpdateReport) -> None:
     """Means over the whole update, by exact merge; rank 0's step reports are global already."""
     name, steps = pending.group.name, [infos[0].step for infos in pending.infos]
     report.metrics |= merged(info.tally for infos in pending.infos for info in infos).means()
-    norms = Tally()
-    for step in steps:
-        norms.add(f"{name}/grad_norm", step.grad_norm, 1)
-        norms.peak(f"{name}/grad_norm_max", step.grad_norm)
-        norms.add(f"{name}/skipped_steps", float(step.skipped), 1)
-    report.metrics |= norms.means()
-    report.metrics[f"lr/{name}"] = steps[-1].lr
+    report.metrics |= _step_metrics(name, steps) | {f"lr/{name}": steps[-1].lr}
     if name == "policy":
         report.first = merged(info.tally for info in pending.infos[0]).means()
-        report.policy_steps = len(steps)
+        report.policy_steps = sum(not step.skipped for step in steps)
+
+
+def _step_metrics(name: str, steps: Sequence[StepInfo]) -> dict[str, float]:
+    """Gradient norms of the steps that were taken (an overflow has none), and the share that was not."""
+    tally = Tally()
+    for step in steps:
+        tally.add(f"{name}/skipped_steps", float(step.skipped), 1)
+        if not step.skipped:
+            tally.add(f"{name}/grad_norm", step.grad_norm, 1)
+            tally.peak(f"{name}/grad_norm_max", step.grad_norm)
+    return tally.means()

@@ -36,7 +36,9 @@ def render_messages(messages: Any, tokenizer: PreTrainedTokenizerBase, *, where:
     try:
         return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
     except (jinja2.TemplateError, ValueError, TypeError) as error:
-        raise UserError(f"the chat template refuses the messages: {error}", where=where, fix="order roles as the model expects them") from None
+        raise UserError(
+            f"the chat template refuses the messages: {error}", where=where, fix="order roles as the model expects them"
+        ) from None
 
 
 def _checked(messages: Any, where: str) -> list[dict[str, Any]]:
@@ -45,7 +47,11 @@ def _checked(messages: Any, where: str) -> list[dict[str, Any]]:
     chat = [_message(message, f"{where}, message {i + 1}") for i, message in enumerate(messages)]
     last = chat[-1]
     if last["role"] == "assistant":
-        raise UserError("the last message is the assistant's, so there is nothing to answer", where=where, fix="drop the last message, or end with the user's")
+        raise UserError(
+            "the last message is the assistant's, so there is nothing to answer",
+            where=where,
+            fix="drop the last message, or end with the user's",
+        )
     if not (last["content"] or "").strip():
         raise UserError("the last message is empty", where=where, fix="give it content, or remove the row")
     return chat
@@ -67,7 +73,9 @@ def _content(message: dict[str, Any], where: str) -> str | None:
         return content
     if content is None and message.get("tool_calls"):
         return None
-    if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in content):
+    if isinstance(content, list) and all(
+        isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in content
+    ):
         return "".join(part["text"] for part in content)
     raise UserError(f"the content of the message is {_kind(content)}, not text", where=where, fix=f"write {SHAPE}")
 

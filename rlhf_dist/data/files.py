@@ -53,7 +53,9 @@ def iter_rows(path: str, *, text_columns: Sequence[str] = ()) -> Iterator[tuple[
     except FileNotFoundError:
         raise UserError("the data file does not exist", where=path, fix=f"check the path (relative to {Path.cwd()})") from None
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"cannot read the file: {_first_line(error)}", where=_place_after(path, count), fix=_remedy(suffix, gzipped)) from None
+        raise UserError(
+            f"cannot read the file: {_first_line(error)}", where=_place_after(path, count), fix=_remedy(suffix, gzipped)
+        ) from None
     if not count:
         raise UserError("the data file has no rows", where=path, fix="give a file with at least one row")
 
@@ -102,7 +104,9 @@ def _json_rows(path: str, gzipped: bool) -> Iterator[Row]:
                 blank = blank or number
                 continue
             if blank:
-                raise UserError("a blank line between rows", where=f"{path}:{blank}", fix="remove it; only the end of the file may be blank")
+                raise UserError(
+                    "a blank line between rows", where=f"{path}:{blank}", fix="remove it; only the end of the file may be blank"
+                )
             yield _parse(line, f"{path}:{number}", first=number == 1)
 
 
@@ -111,7 +115,7 @@ def _parse(line: bytes, where: str, *, first: bool) -> Row:
         row = json.loads(line.decode("utf-8-sig" if first else "utf-8"))
         if b"\\u" in line:
             json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair parses, but is no text
-    except UnicodeError as error:
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
         gzip = " (the file looks gzipped: name it .gz)" if first and line[:2] == b"\x1f\x8b" else ""
         raise UserError(f"not UTF-8 text: {error.reason}{gzip}", where=where, fix="convert the file to UTF-8") from None
     except (ValueError, RecursionError) as error:

@@ -48,7 +48,9 @@ class PromptStream:
         UserError: held-out prompts are asked for, and the config names none.
     """
 
-    def __init__(self, section: DataSection, tokenizer: PreTrainedTokenizerBase, *, split: Split, seed: int, limit: int | None = None) -> None:
+    def __init__(
+        self, section: DataSection, tokenizer: PreTrainedTokenizerBase, *, split: Split, seed: int, limit: int | None = None
+    ) -> None:
         if limit is not None and limit < 1:
             raise ValueError("limit must be at least 1")
         if split == "eval" and not section.eval and not section.eval_fraction:

@@ -79,7 +79,9 @@ class PromptReader:
         if prompt is None:
             raise self._no_prompt(row, where)
         if not isinstance(prompt, str):
-            raise UserError(f"the prompt is {type(prompt).__name__}, not text", where=where, fix=f"make {self._prompt_field!r} a string in every row")
+            raise UserError(
+                f"the prompt is {type(prompt).__name__}, not text", where=where, fix=f"make {self._prompt_field!r} a string in every row"
+            )
         if not prompt:
             raise UserError("the prompt is empty", where=where, fix="give it text, or remove the row")
         return prompt, columns, False

@@ -19,10 +19,21 @@ CORPUS_STORIES = 6000
 TRAIN_PROMPTS, HELD_OUT_PROMPTS = 200, 50
 BOS, EOS, PAD, UNK = "<s>", "</s>", "<pad>", "<unk>"
 
-HEROES = {name: ("he", "his") for name in ("Tom", "Ben", "Sam", "Max", "Leo")} | {name: ("she", "her") for name in ("Mia", "Lily", "Anna", "Lucy", "Nora")}
+HEROES = {name: ("he", "his") for name in ("Tom", "Ben", "Sam", "Max", "Leo")} | {
+    name: ("she", "her") for name in ("Mia", "Lily", "Anna", "Lucy", "Nora")
+}
 ANIMALS = ("dog", "cat", "duck", "rabbit", "bird", "mouse", "fox", "bear", "frog", "horse")
 STATES = ("little", "hungry", "tired", "lost", "wet", "shy")
-PLACES = ("in the garden", "in the forest", "by the river", "in the park", "at the school", "on the farm", "near the house", "at the market")
+PLACES = (
+    "in the garden",
+    "in the forest",
+    "by the river",
+    "in the park",
+    "at the school",
+    "on the farm",
+    "near the house",
+    "at the market",
+)
 TIMES = ("One morning", "One sunny day", "One cold evening", "After lunch", "In the winter", "On the way home")
 THINGS = ("ball", "kite", "boat", "hat", "book", "drum")
 FOODS = ("bread", "cake", "soup", "milk", "pie")
@@ -150,7 +161,7 @@ def _write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:
 def _train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
     """One token a word, the space in front of it included: decoding gives the text back exactly."""
     tokenizer = Tokenizer(models.WordLevel(unk_token=UNK))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?[A-Za-z']+|[^A-Za-z\s]"), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?[A-Za-z']+| ?[^A-Za-z\s]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.train_from_iterator(texts, trainers.WordLevelTrainer(special_tokens=[PAD, BOS, EOS, UNK], show_progress=False))
     bos_id = tokenizer.token_to_id(BOS)

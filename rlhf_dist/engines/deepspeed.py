@@ -21,6 +21,7 @@ from rlhf_dist.engines.process import Rank, quiet_deepspeed
 from rlhf_dist.models.lora import named_weights
 
 BUCKET_BYTES = 256 * 2**20
+TAG = "engine"  # DeepSpeed's name for the one checkpoint in a folder
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,11 @@ class DeepSpeedEngine:
         DeepSpeed divides what it reduces by the number of ranks and, at the boundary, not by our number of microbatches
         (gradient_accumulation_steps is 1): so the loss is multiplied by the ranks, and the boundary is set by hand.
         """
+        self._trained()
         rounds = max(self._agreed_rounds(len(microbatches)), 1)
         tally = Tally()
-        self.module.train(bool(getattr(self.module.model, "is_gradient_checkpointing", False)))  # transformers recomputes in training mode only
+        # Transformers recomputes activations in training mode only; dropout is 0, so nothing else changes with the mode.
+        self.module.train(bool(getattr(self.module.model, "is_gradient_checkpointing", False)))
         for number in range(rounds):
             batch = microbatches[number] if number < len(microbatches) else self.module.blank()
             self._engine.set_gradient_accumulation_boundary(number == rounds - 1)
@@ -100,17 +103,17 @@ class DeepSpeedEngine:
 
     def optimizer_step(self) -> StepInfo:
         """Clips, steps, advances the schedule, clears the gradient. The norm is global, before clipping."""
-        assert self._training is not None, "an engine without training settings cannot step"
-        optim = self._training.optim
-        lr = optim.lr * lr_factor(self._steps_taken, self._training.total_steps, optim.warmup_steps, optim.schedule)
+        training = self._trained()
+        optim = training.optim
+        lr = optim.lr * lr_factor(self._steps_taken, training.total_steps, optim.warmup_steps, optim.schedule)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         skipped_before = self._engine.skipped_steps
-        replicated_norm = _replicated_norm(self.module)
+        norm = _replicated_norm(self.module) if self.stage == 0 else None
         self._engine.step()
         self._steps_taken += 1
-        norm = self._engine.get_global_grad_norm()
-        return StepInfo(float(norm) if norm else replicated_norm, lr, self._engine.skipped_steps > skipped_before)
+        norm = float(self._engine.get_global_grad_norm() or 0.0) if norm is None else norm
+        return StepInfo(norm, lr, self._engine.skipped_steps > skipped_before)
 
     def export_weights(self) -> Iterator[dict[str, Tensor]]:
         """The full weights under Hugging Face names, adapters merged, in buckets of at most 256 MiB (a larger weight travels alone)."""
@@ -129,7 +132,8 @@ class DeepSpeedEngine:
 
     def save(self, folder: Path) -> None:
         """Writes weights and optimiser state, one file a rank."""
-        self._engine.save_checkpoint(str(folder), tag="engine", client_state={"steps_taken": self._steps_taken}, save_latest=False)
+        self._trained()
+        self._engine.save_checkpoint(str(folder), tag=TAG, client_state={"steps_taken": self._steps_taken}, save_latest=False)
 
     def load(self, folder: Path) -> None:
         """Restores what `save` wrote.
@@ -137,11 +141,17 @@ class DeepSpeedEngine:
         Raises:
             UserError: the folder holds no checkpoint of this engine.
         """
-        path, state = self._engine.load_checkpoint(str(folder), tag="engine")
+        self._trained()
+        path, state = self._engine.load_checkpoint(str(folder), tag=TAG) if (folder / TAG).is_dir() else (None, {})
         if path is None:
-            raise UserError("the folder holds no engine checkpoint", where=str(folder), fix="name a folder that `save` wrote with the same ranks and ZeRO stage")
+            fix = "name a folder that `save` wrote with the same ranks and ZeRO stage"
+            raise UserError("the folder holds no engine checkpoint", where=str(folder), fix=fix)
         self._steps_taken = state["steps_taken"]
         self.module.eval()
+
+    def _trained(self) -> Training:
+        assert self._training is not None, "an engine without training settings runs forward only"
+        return self._training
 
     def _agreed_rounds(self, mine: int) -> int:
         if self.world_size == 1:

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -31,14 +33,6 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def host_address() -> str:
-    """This host's address as other hosts of the cluster see it; loopback where the name does not resolve."""
-    try:
-        return socket.gethostbyname(socket.gethostname())
-    except OSError:
-        return "127.0.0.1"
-
-
 def launched_world_size() -> int | None:
     """World size if a launcher (deepspeed, torchrun) started this process, else None."""
     size = os.environ.get("WORLD_SIZE")
@@ -46,32 +40,45 @@ def launched_world_size() -> int | None:
 
 
 def start_process_group(rank: int, world_size: int, local_rank: int, address: str, port: int) -> Rank:
-    """Joins the ranks: NCCL on GPUs, gloo on CPUs.
+    """Joins the ranks: NCCL on GPUs, gloo on CPUs. Joining again as the same rank changes nothing.
 
     DeepSpeed's shared-memory op is left out on CPU: compiling it takes longer than most tests, and gloo needs none.
+
+    Raises:
+        RuntimeError: this process is another rank already, or one of another number of ranks.
     """
+    if dist.is_initialized() and (dist.get_rank(), dist.get_world_size()) != (rank, world_size):
+        raise RuntimeError(
+            f"this process is rank {dist.get_rank()} of {dist.get_world_size()}, it cannot become rank {rank} of {world_size}"
+        )
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank), MASTER_ADDR=address, MASTER_PORT=str(port)
-    )
+    place = (rank, world_size, local_rank, address, port)
+    os.environ.update({name: str(value) for name, value in zip(LAUNCH_VARIABLES, place, strict=True)})
     deepspeed = quiet_deepspeed()
     if on_gpu:
         torch.cuda.set_device(local_rank)
-    if not dist.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", timeout=COLLECTIVE_TIMEOUT, auto_mpi_discovery=False, verbose=False)
+    backend = "nccl" if on_gpu else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, timeout=COLLECTIVE_TIMEOUT, auto_mpi_discovery=False, verbose=False)
     return Rank(rank, world_size, local_rank, f"cuda:{local_rank}" if on_gpu else "cpu")
 
 
 def stop_process_group() -> None:
-    """Leaves the process group; without this, gloo threads may abort at interpreter exit."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """Leaves the process group; without this, gloo threads may abort at interpreter exit. Without a group it does nothing.
+
+    DeepSpeed keeps groups of its own over the one that ends, so it is DeepSpeed that ends it; and what told this process its place is
+    forgotten, or a later run in the same process would look for the launcher that wrote it.
+    """
+    if not dist.is_initialized():
+        return
+    quiet_deepspeed().comm.destroy_process_group()
+    for name in LAUNCH_VARIABLES:
+        os.environ.pop(name, None)
 
 
 def quiet_deepspeed() -> Any:
-    """The deepspeed module with its per-step logging off."""
+    """The deepspeed module, with the chatter of the libraries off: their bars and notes would drown the run's own progress."""
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "WARNING")
     import logging
 
@@ -80,4 +87,6 @@ def quiet_deepspeed() -> Any:
 
     __compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
+    transformers.utils.logging.disable_progress_bar()
     return deepspeed

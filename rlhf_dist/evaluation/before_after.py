@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import pyarrow as pa
 
 from rlhf_dist.config.errors import UserError
-from rlhf_dist.evaluation.held_out import EvaluationResult, samples_from_rollouts, summarise
-from rlhf_dist.evaluation.interval import MeanInterval, clustered_mean
+from rlhf_dist.evaluation.held_out import EvaluationResult, HeldOutSamples, paired_differences, samples_from_rollouts, summarise
+from rlhf_dist.evaluation.interval import MeanInterval
 from rlhf_dist.runs.rollout_log import read_rollouts
 
 Key = tuple[int, int]
@@ -84,11 +85,12 @@ def compare(before: Path, after: Path) -> Comparison:
         raise UserError(
             "the two evaluations share no sample", where=f"{before} and {after}", fix="compare evaluations of the same held-out prompts"
         )
+    samples = [samples_from_rollouts(table) for table in tables]
     pairs = tuple(_pair(tables[0], rows[0][key], tables[1], rows[1][key], after) for key in keys)
     return Comparison(
-        before=summarise(samples_from_rollouts(tables[0])),
-        after=summarise(samples_from_rollouts(tables[1])),
-        differences=_differences(tables, [(rows[0][key], rows[1][key]) for key in keys], [key[0] for key in keys]),
+        before=summarise(samples[0]),
+        after=summarise(samples[1]),
+        differences=paired_differences(*(_selected(part, [index[key] for key in keys]) for part, index in zip(samples, rows, strict=True))),
         pairs=pairs,
         unpaired=len(rows[0]) + len(rows[1]) - 2 * len(keys),
     )
@@ -145,17 +147,15 @@ def _pair(before: pa.Table, row: int, after: pa.Table, other: int, where: Path) 
     )
 
 
-def _differences(tables: list[pa.Table], rows: list[tuple[int, int]], prompts: list[int]) -> dict[str, MeanInterval]:
-    before, after = (samples_from_rollouts(table).quantities() for table in tables)
-    differences = {}
-    for name in before:
-        values: list[float] = []
-        clusters: list[int] = []
-        for (row, other), prompt in zip(rows, prompts, strict=True):
-            left, right = before[name][row], after[name][other] if name in after else None
-            if left is not None and right is not None:
-                values.append(right - left)
-                clusters.append(prompt)
-        if values:
-            differences[name] = clustered_mean(values, clusters)
-    return differences
+def _selected(samples: HeldOutSamples, rows: list[int]) -> HeldOutSamples:
+    def take(values: Sequence[Any]) -> list[Any]:
+        return [values[row] for row in rows]
+
+    return HeldOutSamples(
+        prompt_ids=take(samples.prompt_ids),
+        scores=take(samples.scores),
+        rewards={name: take(values) for name, values in samples.rewards.items()},
+        lengths=take(samples.lengths),
+        stop_reasons=take(samples.stop_reasons),
+        kl=None if samples.kl is None else take(samples.kl),
+    )

@@ -105,6 +105,30 @@ def summarise(samples: HeldOutSamples) -> EvaluationResult:
     return EvaluationResult(len(set(samples.prompt_ids)), len(samples.prompt_ids), means, missing)
 
 
+def paired_differences(before: HeldOutSamples, after: HeldOutSamples) -> dict[str, MeanInterval]:
+    """After minus before for each quantity, over the samples that have it in both, with 95 % intervals clustered by prompt.
+
+    Args:
+        before, after: the same samples in the same order.
+
+    Raises:
+        ValueError: the prompts differ.
+    """
+    if list(before.prompt_ids) != list(after.prompt_ids):
+        raise ValueError("paired samples must be of the same prompts, in the same order")
+    others = after.quantities()
+    differences: dict[str, MeanInterval] = {}
+    for name, values in before.quantities().items():
+        both = [
+            (right - left, prompt)
+            for left, right, prompt in zip(values, others.get(name, [None] * len(values)), before.prompt_ids, strict=True)
+            if left is not None and right is not None
+        ]
+        if both:
+            differences[name] = clustered_mean(*zip(*both, strict=True))
+    return differences
+
+
 def samples_from_rollouts(table: pa.Table) -> HeldOutSamples:
     """The samples of a rollout table (`read_rollouts`)."""
     columns = {name: table.column(name).to_pylist() for name in ("prompt_id", "score", "response_tokens", "stop_reason", "kl")}

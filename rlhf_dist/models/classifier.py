@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rlhf_dist.config.engines import Dtype
 from rlhf_dist.config.errors import UserError
-from rlhf_dist.models.loading import TORCH_DTYPES, context_length, load_config, switch_dropout_off
+from rlhf_dist.models.loading import FAULTS, TORCH_DTYPES, context_length, load_config, local, switch_dropout_off
 
 Transform = Literal["logit", "probability", "log_odds"]
 
@@ -185,14 +185,15 @@ def load_classifier(
     load_config(path, trust_remote_code=trust_remote_code)
     try:
         model, report = AutoModelForSequenceClassification.from_pretrained(
-            path,
+            local(path),
             dtype=TORCH_DTYPES[dtype],
             attn_implementation=attention,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
+            local_files_only=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except FAULTS as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"cannot load the reward model: {reason}", where=path, fix="give a complete folder of a sequence classifier, in safetensors"

@@ -1,4 +1,13 @@
-"""From a padded batch to the tensors a Hugging Face forward takes. What stands in a padded slot never gets in."""
+"""From a padded batch to the tensors a Hugging Face forward takes. What stands in a padded slot never gets in.
+
+A batch pads prompts on the left and responses on the right. A forward needs neither gap: here each row is closed up and stands at the
+right edge, so that the forward is as wide as the longest row and not as the longest prompt and the longest response together.
+
+Example, prompts of 1 and 3 tokens, responses of 2 and 1::
+
+    batch   [[ .  .  5 | 6  7], [1  2  3 | 4  .]]
+    inputs  [[ .  5  6  7], [1  2  3  4]]            places_BT  [[2, 3], [3, *]]
+"""
 
 from __future__ import annotations
 
@@ -8,19 +17,28 @@ from torch import Tensor
 from rlhf_dist.contracts.experience import SequenceBatch
 
 
-def model_inputs(batch: SequenceBatch) -> dict[str, Tensor]:
-    """Token ids, attention mask and positions of prompt + response, each int64 or bool [B, P + T].
+def model_inputs(batch: SequenceBatch) -> tuple[dict[str, Tensor], Tensor]:
+    """Inputs of a forward, and where in them the response tokens stand.
 
-    Padded slots are fed id 0 at position 0; real tokens count from 0 (position = cumsum(mask) − mask, NUMERICS §1).
+    Returns:
+        input_ids int64, attention_mask bool, position_ids int64, each [B, L], L tokens in the longest row. Padded slots are fed id 0 at
+        position 0; real tokens count from 0 (position = cumsum(mask) − mask, NUMERICS §1).
+        places_BT int64: the column of each response token; for padded slots some column.
     """
-    attention_BL = torch.cat([batch.prompt_mask_BP, batch.response_attention_BT], dim=1).bool()
-    tokens_BL = torch.cat([batch.prompt_tokens_BP, batch.response_tokens_BT], dim=1)
-    ones_BL = attention_BL.long()
-    return {
-        "input_ids": torch.where(attention_BL, tokens_BL, 0),
+    attention_BS = torch.cat([batch.prompt_mask_BP, batch.response_attention_BT], dim=1).bool()
+    tokens_BS = torch.cat([batch.prompt_tokens_BP, batch.response_tokens_BT], dim=1)
+    order_BS = attention_BS.byte().argsort(dim=1, stable=True)  # padding first, then the tokens as they stand
+    length = int(attention_BS.sum(1).max())
+    order_BL = order_BS[:, order_BS.shape[1] - length :]
+    attention_BL = attention_BS.gather(1, order_BL)
+    count_BL = attention_BL.long().cumsum(1)
+    inputs = {
+        "input_ids": torch.where(attention_BL, tokens_BS.gather(1, order_BL), 0),
         "attention_mask": attention_BL,
-        "position_ids": torch.where(attention_BL, ones_BL.cumsum(1) - ones_BL, 0),
+        "position_ids": torch.where(attention_BL, count_BL - 1, 0),
     }
+    columns_BS = order_BS.argsort(dim=1) - (order_BS.shape[1] - length)
+    return inputs, columns_BS[:, batch.prompt_tokens_BP.shape[1] :].clamp(min=0)
 
 
 def blank_batch() -> SequenceBatch:

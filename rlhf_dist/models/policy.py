@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rlhf_dist.contracts.experience import SequenceBatch
@@ -23,30 +22,38 @@ class PolicyModule(nn.Module):
 
     def __init__(self, model: nn.Module, options: HeadOptions | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.options = options or HeadOptions()
 
-    def forward(self, tokens: dict[str, Tensor], response_tokens_BT: Tensor, adapter: bool = True) -> dict[str, Tensor]:
+    def forward(self, tokens: dict[str, Tensor], places_BT: Tensor, adapter: bool = True) -> dict[str, Tensor]:
         """Log-probabilities and entropies at the response positions.
 
-        The head runs on the last T + 1 positions only; the logit at position P − 1 + t predicts response token t.
+        The head runs on the columns before those in which some row has a response token: the logits of a column predict the next one.
+
+        Args:
+            tokens: input_ids, attention_mask, position_ids [B, L] of `model_inputs`.
+            places_BT: columns of the response tokens.
+            adapter: False for the model without its LoRA adapter.
 
         Returns:
-            logprobs_BT, entropy_BT: float32, nats. Padded slots hold finite numbers that mean nothing.
+            logprobs_BT, entropy_BT: float32, nats. Padded slots hold numbers of other slots, which mean nothing.
         """
-        width = response_tokens_BT.shape[1]
+        length = tokens["input_ids"].shape[1]
+        first = max(length - places_BT.shape[1], 1)  # the first column that is predicted
         with self._adapter(adapter):
-            output: Any = self.model(**tokens, use_cache=False, logits_to_keep=width + 1)
-        logprobs_BT, entropy_BT = logprobs_and_entropy(output.logits[:, -width - 1 : -1], response_tokens_BT, self.options)
-        return {"logprobs_BT": logprobs_BT, "entropy_BT": entropy_BT}
+            output = self.model(**tokens, use_cache=False, logits_to_keep=length - first + 1)
+        per_column = logprobs_and_entropy(output.logits[:, first - length - 1 : -1], tokens["input_ids"][:, first:], self.options)
+        at_BT = (places_BT - first).clamp(min=0)
+        return {name: column.gather(1, at_BT) for name, column in zip(("logprobs_BT", "entropy_BT"), per_column, strict=True)}
 
     def inputs(self, batch: SequenceBatch) -> dict[str, Any]:
         """Keyword arguments of `forward` for a batch."""
-        return {"tokens": model_inputs(batch), "response_tokens_BT": torch.where(batch.response_attention_BT, batch.response_tokens_BT, 0)}
+        tokens, places_BT = model_inputs(batch)
+        return {"tokens": tokens, "places_BT": places_BT}
 
     def blank(self) -> SequenceBatch:
         """A batch that counts for nothing."""
         return blank_batch()
 
-    def _adapter(self, on: bool) -> Any:
-        return nullcontext() if on else self.model.disable_adapter()
+    def _adapter(self, on: bool) -> AbstractContextManager[Any]:
+        return nullcontext() if on else self.model.disable_adapter()  # type: ignore[no-any-return]

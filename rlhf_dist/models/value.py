@@ -11,27 +11,34 @@ from rlhf_dist.models.inputs import blank_batch, model_inputs
 
 
 class ValueModule(nn.Module):
-    """Wraps a Hugging Face sequence-classification model with one label, so that its export loads with `AutoModelForSequenceClassification`."""
+    """Wraps a Hugging Face sequence classifier with one label, so that its export loads with `AutoModelForSequenceClassification`."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
 
-    def forward(self, tokens: dict[str, Tensor], response_lengths_B: Tensor, width: int) -> dict[str, Tensor]:
+    def forward(self, tokens: dict[str, Tensor], places_BT: Tensor) -> dict[str, Tensor]:
         """Values of the states before each response token, and of the state after the last.
 
+        Args:
+            tokens: input_ids, attention_mask, position_ids [B, L] of `model_inputs`.
+            places_BT: columns of the response tokens.
+
         Returns:
-            values_BT float32: V at position P − 1 + t; bootstrap_value_B float32: V at position P + len − 1 (NUMERICS §1).
+            values_BT float32: V at position P − 1 + t, numbers without meaning in padded slots; bootstrap_value_B float32: V at
+            position P + len − 1, the last token of the row (NUMERICS §1), without gradient: an input to GAE, never trained on.
         """
+        first = max(tokens["input_ids"].shape[1] - places_BT.shape[1], 1) - 1  # the first state that is read
         backbone = getattr(self.model, str(self.model.base_model_prefix))
         hidden_BLD = backbone(**tokens, use_cache=False).last_hidden_state
-        states = self.model.score(hidden_BLD[:, -width - 1 :]).squeeze(-1).float()
-        bootstrap_value_B = states.detach().gather(1, response_lengths_B.unsqueeze(1)).squeeze(1)  # an input to GAE, never trained on
-        return {"values_BT": states[:, :width], "bootstrap_value_B": bootstrap_value_B}
+        states = self.model.score(hidden_BLD[:, first:]).squeeze(-1).float()
+        values_BT = states.gather(1, (places_BT - 1 - first).clamp(min=0))
+        return {"values_BT": values_BT, "bootstrap_value_B": states[:, -1].detach()}
 
     def inputs(self, batch: SequenceBatch) -> dict[str, Any]:
         """Keyword arguments of `forward` for a batch."""
-        return {"tokens": model_inputs(batch), "response_lengths_B": batch.response_lengths_B, "width": batch.response_tokens_BT.shape[1]}
+        tokens, places_BT = model_inputs(batch)
+        return {"tokens": tokens, "places_BT": places_BT}
 
     def blank(self) -> SequenceBatch:
         """A batch that counts for nothing."""

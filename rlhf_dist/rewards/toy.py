@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 KIND = frozenset(
-    "smiled kind shared helped hugged happy friends friend loved love laughed good warm thank gentle safe glad".split()
+    {"smiled", "kind", "shared", "helped", "hugged", "happy", "friend", "friends", "loved", "love"}
+    | {"laughed", "good", "warm", "thank", "gentle", "safe", "glad"}
 )
-UNKIND = frozenset("shouted angry cried sad alone pushed mean cold hurt broke afraid".split())
+UNKIND = frozenset({"shouted", "angry", "cried", "sad", "alone", "pushed", "mean", "cold", "hurt", "broke", "afraid"})
 
 WORDS_FOR_FULL_MARKS = 4
 WORDS_A_SENTENCE = 2  # a heap of kind words is not a story,
@@ -21,8 +22,8 @@ PARTS = {"kind": 0.7, "hero": 0.15, "ending": 0.15}
 def kindness(prompts: Sequence[str], completions: Sequence[str], hero: Sequence[str | None] | None = None, **columns: Any) -> list[float]:
     """Scores each completion between 0 and 1.
 
-    0.7 for four different kind words (at most two count in a sentence, and none in one of fewer than four words), 0.15 for naming the hero, 0.15 for ending with a full stop;
-    less 0.15 for each unkind word; times the share of different ones among its word triples.
+    0.7 for four different kind words (at most two count in a sentence, and none in one of fewer than four words), 0.15 for naming
+    the hero, 0.15 for ending with a full stop; less 0.15 for each unkind word; times the share of different ones among its word triples.
 
     Args:
         prompts, completions: text, one a row.

@@ -18,10 +18,11 @@ from rlhf_dist.rollout.traits import FULL, SLIDING, ModelTraits
 PREFILL_TOKENS = 8192
 """Padded tokens in one prefill forward: bounds the memory of its activations."""
 SPAN_STEP = 16
-"""Attention spans are rounded up to a multiple of this. A row's result is then the same to the last bit whatever the other rows' lengths are
-(masked positions fill whole vector registers with zeros), and GPU kernels get the aligned masks they want."""
-LEAST_ROWS = 4
-"""A step computes at least this many rows, idle ones if need be: below it, CPU matrix products take other kernels, which round differently."""
+"""Attention spans are rounded up to a multiple of this. A row's result is then the same to the last bit whatever the other rows' lengths
+are (masked positions fill whole vector registers with zeros), and GPU kernels get the aligned masks they want."""
+ROW_STEP = 8
+"""A step computes a multiple of this many rows, idle ones if need be. On CPU a row's result is then the same to the last bit whatever the
+number of rows: very few rows would take other matrix kernels, and an odd number of elements ends in scalar code that rounds differently."""
 
 
 class SlotDecoder:
@@ -37,8 +38,8 @@ class SlotDecoder:
     def __init__(self, model: nn.Module, traits: ModelTraits, slots: int, max_len: int) -> None:
         self._model, self._traits = model, traits
         self.device = next(model.parameters()).device
-        slots = max(slots, LEAST_ROWS)
-        self._longest, self._max_len = max_len, _round_up(max_len)
+        slots = _round_up(slots, ROW_STEP)
+        self._longest, self._max_len = max_len, _round_up(max_len, SPAN_STEP)
         self._cache = SlotCache(slots, self._max_len)
         self._additive = _adds_its_mask(model)
         self._lengths: list[int] = []
@@ -73,9 +74,9 @@ class SlotDecoder:
 
     def step(self) -> Tensor:
         """Feeds every row's token; returns the logits of the next one, [count, V] in the model's dtype."""
-        rows = max(self.count, LEAST_ROWS)
+        rows = _round_up(self.count, ROW_STEP)
         tokens_N, lengths_N = self._state_3S[0, :rows], self._state_3S[1, :rows]
-        span = _round_up(max(self._lengths) + 1)
+        span = _round_up(max(self._lengths) + 1, SPAN_STEP)
         self._cache.plan = DecodePlan(rows, span, self._slots_S[:rows], lengths_N)
         output = self._forward(tokens_N[:, None], lengths_N[:, None], self._masks(lengths_N, span))
         return output[: self.count, -1]
@@ -102,7 +103,7 @@ class SlotDecoder:
         unique = {prompt[:-1]: None for prompt in prompts}
         if not any(unique):
             return
-        width = _round_up(max(map(len, unique)))
+        width = _round_up(max(map(len, unique)), SPAN_STEP)
         order = {prompt: row for row, prompt in enumerate(unique)}
         padded = torch.tensor([prompt + (0,) * (width - len(prompt)) for prompt in unique], device=self.device)
         sources = torch.tensor([order[prompt[:-1]] for prompt in prompts], device=self.device)
@@ -113,7 +114,12 @@ class SlotDecoder:
 
     def _forward(self, tokens_BQ: Tensor, positions_BQ: Tensor, mask: Any) -> Tensor:
         output: Any = self._model(
-            input_ids=tokens_BQ, position_ids=positions_BQ, attention_mask=mask, past_key_values=self._cache, use_cache=True, logits_to_keep=1
+            input_ids=tokens_BQ,
+            position_ids=positions_BQ,
+            attention_mask=mask,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
         )
         logits: Tensor = output.logits
         return logits
@@ -136,8 +142,8 @@ class SlotDecoder:
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
-def _round_up(length: int) -> int:
-    return -(-length // SPAN_STEP) * SPAN_STEP
+def _round_up(number: int, step: int) -> int:
+    return -(-number // step) * step
 
 
 def _adds_its_mask(model: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""The native rollout engine: a decode loop over the Hugging Face model. Rows leave as soon as they end, and waiting prompts take their slots.
+"""The native rollout engine: a decode loop over the Hugging Face model. Rows leave as they end; waiting prompts take their slots.
 
 A completion depends on the weights, the prompt, its id, the sample index and the key alone: its uniform numbers are fixed before the
 first token is drawn, and no row sees another.
@@ -6,7 +6,7 @@ first token is drawn, and no row sees another.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,11 +19,11 @@ from rlhf_dist.rollout.philox import stream_key, uniforms
 from rlhf_dist.rollout.prepack import prepacked
 from rlhf_dist.rollout.probe import check_decoding
 from rlhf_dist.rollout.sampling import Draw, SamplingParams, draw
-from rlhf_dist.rollout.stopping import StopRule
+from rlhf_dist.rollout.stopping import Decode, StopRule
 from rlhf_dist.rollout.traits import decoding, read_traits
 
 REFILL_SHARE = 8
-"""Prompts are taken in once this part (1/8) of the slots is free: one prefill of several rows costs little more than one of a single row."""
+"""Prompts are taken in once this part (1/8) of the slots is free: a prefill of several rows costs little more than that of one."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class NativeEngine:
         UserError: the model is of a kind that a key/value cache cannot decode.
     """
 
-    def __init__(self, model: torch.nn.Module, *, slots: int, decode: Callable[[Sequence[int]], str] | None = None) -> None:
+    def __init__(self, model: torch.nn.Module, *, slots: int, decode: Decode | None = None) -> None:
         if slots < 1:
             raise UserError(f"slots is {slots}", where="rollout.slots", fix="set it to at least 1")
         self._model, self._slots, self._decode = model, slots, decode
@@ -95,12 +95,12 @@ class NativeEngine:
                 self._probed = True
             with prepacked(self._model):
                 decoder = SlotDecoder(self._model, self._traits, slots, longest)
-                return _Run(decoder, slots, rows, limits, params, rule, key).completions()
+                return _Run(decoder, slots, _Work(rows, limits, params, rule, key)).completions()
 
     def _limit(self, row: RolloutRow, params: SamplingParams) -> int:
         where = f"prompt id {row.prompt_id}, sample {row.sample_index}"
         if not row.prompt_tokens:
-            raise UserError("the prompt holds no token", where=where, fix="give every prompt at least one token, such as the tokenizer's BOS")
+            raise UserError("the prompt holds no token", where=where, fix="give every prompt at least one token, such as BOS")
         limit = params.max_new_tokens if row.max_new_tokens is None else min(row.max_new_tokens, params.max_new_tokens)
         if limit < 1:
             raise UserError(f"max_new_tokens of the row is {limit}", where=where, fix="ask for at least one new token")
@@ -118,34 +118,36 @@ class _Running:
     logprobs: list[float] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What one call asks for; `limits` are the rows' new tokens at most."""
+
+    rows: Sequence[RolloutRow]
+    limits: Sequence[int]
+    params: SamplingParams
+    rule: StopRule
+    key: SamplingKey
+
+
 class _Run:
     """One call of `generate`: schedule, run, postprocess until nothing is left."""
 
-    def __init__(
-        self,
-        decoder: SlotDecoder,
-        slots: int,
-        rows: Sequence[RolloutRow],
-        limits: Sequence[int],
-        params: SamplingParams,
-        rule: StopRule,
-        key: SamplingKey,
-    ) -> None:
-        self._decoder, self._slots, self._rows, self._limits = decoder, slots, rows, limits
-        self._params, self._rule = params, rule
-        self._width = max(limits)
+    def __init__(self, decoder: SlotDecoder, slots: int, work: _Work) -> None:
+        self._decoder, self._slots = decoder, slots
+        self._rows, self._limits, self._params, self._rule = work.rows, work.limits, work.params, work.rule
+        self._width = max(work.limits)
         self._uniforms = uniforms(
-            stream_key(key.seed, key.stream, key.step),
-            [row.prompt_id for row in rows],
-            [row.sample_index for row in rows],
+            stream_key(work.key.seed, work.key.stream, work.key.step),
+            [row.prompt_id for row in work.rows],
+            [row.sample_index for row in work.rows],
             self._width,
             decoder.device,
         ).flatten()
         # Longest prompts first: neighbours share a prefill with little padding, and a run that does not fit in memory fails at its start.
         # Popped from the end.
-        self._waiting = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt_tokens))
+        self._waiting = sorted(range(len(work.rows)), key=lambda i: len(work.rows[i].prompt_tokens))
         self._active: list[_Running] = []
-        self._done: list[Completion | None] = [None] * len(rows)
+        self._done: list[Completion | None] = [None] * len(work.rows)
         self._tally = Tally()
 
     def completions(self) -> tuple[list[Completion], Tally]:

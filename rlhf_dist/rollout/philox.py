@@ -57,6 +57,6 @@ def uniforms(
 
 
 def _multiply(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low words of a 32 × 32 bit product. int64 wraps around, which keeps all 64 bits; the mask removes the sign that >> drags in."""
+    """High and low words of a 32 × 32 bit product. int64 wraps around and keeps all bits; the mask removes the sign that >> drags in."""
     product = word * constant
     return product >> 32 & WORD, product & WORD

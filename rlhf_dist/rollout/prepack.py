@@ -12,7 +12,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-DTYPES = (torch.float32, torch.bfloat16)
 LAYOUT_ROWS = 64
 """Rows of input the layout is made for. One constant: results must not depend on how many rows happen to be decoded together."""
 
@@ -31,21 +30,27 @@ def prepacked(model: nn.Module) -> Iterator[None]:
     Args:
         model: any module; layers of other types, devices or dtypes are left alone.
     """
-    layers = [layer for layer in model.modules() if _packable(layer)] if prepack_available() else []
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and _packable(layer)] if prepack_available() else []
     try:
         for layer in layers:
             packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), LAYOUT_ROWS)
-            layer.forward = functools.partial(_packed_linear, packed, layer.bias)
+            layer.__dict__["forward"] = functools.partial(_packed_linear, packed, layer.bias)
         yield
     finally:
         for layer in layers:
             layer.__dict__.pop("forward", None)
 
 
-def _packable(layer: nn.Module) -> bool:
+def _packable(layer: nn.Linear) -> bool:
+    # A subclass may compute something else, and a forward set on the layer itself belongs to somebody.
     if type(layer) is not nn.Linear or "forward" in layer.__dict__:
         return False
-    return layer.weight.device.type == "cpu" and layer.weight.dtype in DTYPES and layer.weight.numel() > 0
+    return layer.weight.device.type == "cpu" and layer.weight.dtype in _dtypes() and layer.weight.numel() > 0
+
+
+def _dtypes() -> tuple[torch.dtype, ...]:
+    """bfloat16 needs instructions that not every CPU has."""
+    return (torch.float32, torch.bfloat16) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else (torch.float32,)
 
 
 def _packed_linear(packed: Tensor, bias: Tensor | None, inputs: Tensor) -> Tensor:

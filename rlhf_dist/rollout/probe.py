@@ -59,5 +59,6 @@ def _plain(model: nn.Module, row: tuple[int, ...], length: int) -> Tensor:
 
 
 def _tokens(seed: int, length: int, model: nn.Module) -> tuple[int, ...]:
-    vocabulary: int = model.config.get_text_config().vocab_size  # type: ignore[union-attr]
+    config: Any = model.config
+    vocabulary = config.get_text_config().vocab_size
     return tuple((31 * seed + 17 * i * i + 5) % vocabulary for i in range(length))

@@ -28,7 +28,9 @@ class StopRule:
 
     def __init__(self, params: SamplingParams, decode: Decode | None) -> None:
         if params.stop_strings and decode is None:
-            raise UserError("stop_strings need a tokenizer to decode with", where="rollout.stop_strings", fix="remove them, or pass `decode`")
+            raise UserError(
+                "stop_strings need a tokenizer to decode with", where="rollout.stop_strings", fix="remove them, or pass `decode`"
+            )
         self._stop_tokens = frozenset(params.stop_tokens)
         self._stop_strings = params.stop_strings
         self._decode = decode

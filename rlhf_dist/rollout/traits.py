@@ -60,8 +60,8 @@ def read_traits(model: nn.Module) -> ModelTraits:
     text = config.get_text_config()
     kinds = _kinds(text)
     parameters = inspect.signature(inner.forward).parameters
-    missing = [name for name in ("position_ids", "past_key_values", "logits_to_keep") if name not in parameters]
-    if missing or getattr(inner, "_is_stateful", False) or kinds - {FULL, SLIDING, CHUNKED}:
+    by_position = {"position_ids", "past_key_values", "logits_to_keep"} <= set(parameters) and not getattr(text, "alibi", False)
+    if not by_position or getattr(inner, "_is_stateful", False) or kinds - {FULL, SLIDING, CHUNKED}:
         raise UserError(
             f"the native rollout engine cannot decode {type(inner).__name__}: its cache is not keys and values at given positions",
             where="policy.model",
@@ -82,14 +82,16 @@ def bare_model(model: nn.Module) -> nn.Module:
 def decoding(model: nn.Module) -> Iterator[None]:
     """No gradients, modules in eval mode, an attention kernel that takes our masks; all restored afterwards."""
     training = [module for module in model.modules() if module.training]
-    config: Any = bare_model(model).config.get_text_config()
+    inner: Any = bare_model(model)
+    config = inner.config.get_text_config()
     kernel = config._attn_implementation
     try:
         for module in training:
             module.training = False
         if kernel not in MASKED_KERNELS:
-            # Flash kernels take no mask. Only the eager one of the two that do knows the soft cap on attention logits.
-            config._attn_implementation = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+            # Flash kernels take no mask. Of those that do, every model has the eager one, and it alone knows a soft cap.
+            plain = inner._supports_sdpa and not getattr(config, "attn_logit_softcapping", None)
+            config._attn_implementation = "sdpa" if plain else "eager"
         with torch.no_grad():
             yield
     finally:

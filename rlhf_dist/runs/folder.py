@@ -124,6 +124,15 @@ class RunFolder:
         """Saves the resolved configuration."""
         write_text(self.config, text)
 
+    def clear_unused(self) -> bool:
+        """Empties the folder of a run that recorded no metric, so that the next try needs no `overwrite`; returns whether it did."""
+        recorded = self.metrics.is_file() and self.metrics.stat().st_size > 0
+        if recorded or not (self.root / MARKER).is_file():
+            return False
+        _empty(self.root)
+        (self.root / MARKER).unlink()
+        return True
+
 
 def _make_room(root: Path, overwrite: bool) -> None:
     if not root.is_dir():
@@ -143,8 +152,12 @@ def _make_room(root: Path, overwrite: bool) -> None:
             where=str(root),
             fix="set run.name to another name",
         )
-    # The contents go, not the folder: it may be a mount or a link. The marker stays, so that a second try after a failure still works.
-    for child in children:
+    _empty(root)
+
+
+def _empty(root: Path) -> None:
+    """The contents go, not the folder: it may be a mount or a link. The marker stays, so that a second try after a failure still works."""
+    for child in root.iterdir():
         if child.is_dir() and not child.is_symlink():
             shutil.rmtree(child)
         elif child.name != MARKER:

@@ -185,6 +185,9 @@ class NullReporter:
     def finished(self, summary: Mapping[str, Any]) -> None:
         """Nothing."""
 
+    def close(self) -> None:
+        """Nothing."""
+
 
 def replay(events: Iterable[Event], reporter: Reporter) -> None:
     """Tells a reporter what a `BufferedReporter` kept."""

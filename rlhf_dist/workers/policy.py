@@ -14,7 +14,17 @@ from rlhf_dist.config.ppo import PPOConfig
 from rlhf_dist.contracts.experience import ExperienceBatch, Piece, merge_pieces
 from rlhf_dist.contracts.group import Stored
 from rlhf_dist.contracts.moments import Moments
-from rlhf_dist.contracts.roles import EstimateRequest, ExperienceInfo, GenerateRequest, PieceInfo, RatioInfo, RolloutInfo, UpdateInfo, UpdateRequest, WrittenInfo
+from rlhf_dist.contracts.roles import (
+    EstimateRequest,
+    ExperienceInfo,
+    GenerateRequest,
+    PieceInfo,
+    RatioInfo,
+    RolloutInfo,
+    UpdateInfo,
+    UpdateRequest,
+    WrittenInfo,
+)
 from rlhf_dist.contracts.tally import Tally
 from rlhf_dist.data.prompts import PromptRecord, PromptStream
 from rlhf_dist.engines.deepspeed import Training

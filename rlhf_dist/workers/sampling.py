@@ -84,7 +84,8 @@ class Sampler:
         tokens = list(completion.tokens[:-1] if ends else completion.tokens)
         text = str(self._tokenizer.decode(tokens, skip_special_tokens=True))
         if completion.stop_reason == StopReason.STOP_STRING:
-            text = text[: min(at for at in (text.find(s) for s in self._stop_strings) if at >= 0)]
+            # A stop string made of special tokens (`<|im_end|>`) went with them, and the text ends where it stood.
+            text = text[: min((at for at in (text.find(s) for s in self._stop_strings) if at >= 0), default=len(text))]
         return text
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from rlhf_dist.algos.whitening import whiten
-from rlhf_dist.config.engines import EngineSection, PolicySection, ValueSection
 from rlhf_dist.config.deepspeed import resolve_deepspeed
+from rlhf_dist.config.engines import EngineSection, PolicySection, ValueSection
 from rlhf_dist.config.ppo import PPOConfig
 from rlhf_dist.contracts.engine import Engine, Objective
 from rlhf_dist.contracts.experience import ExperienceBatch

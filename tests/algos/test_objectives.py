@@ -75,6 +75,7 @@ def test_policy_loss_and_metrics_against_a_loop_over_tokens():
         "policy/clipfrac_avg": (clipped > plain).double().mean(),
         "policy/entropy_avg": entropy.mean(),
         "val/ratio": ratio.mean(),
+        "val/ratio_mean_deviation": (ratio - 1).abs().mean(),
         "val/ratio_max_deviation": (ratio - 1).abs().max(),
     }
     means = tally.means()
@@ -104,7 +105,7 @@ def test_first_minibatch_identities(reduction):
     batch = experience(mask_of(2))
     out = outputs(batch) | {"logprobs_BT": batch.old_logprobs_BT.clone().requires_grad_()}
     means = PolicyObjective(AlgorithmSection(reduction=reduction))(out, batch)[1].means()
-    assert means["val/ratio"] == 1.0 and means["val/ratio_max_deviation"] == 0.0
+    assert means["val/ratio"] == 1.0 and means["val/ratio_max_deviation"] == means["val/ratio_mean_deviation"] == 0.0
     assert means["policy/clipfrac_avg"] == 0.0 and means["policy/approxkl_avg"] == 0.0
     rows = [batch.advantages_BT[b][m] for b, m in enumerate(batch.response_mask_BT) if m.any()]
     mean = torch.stack([row.mean() for row in rows]).mean() if reduction == "sequence_mean" else torch.cat(rows).mean()

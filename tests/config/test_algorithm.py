@@ -8,8 +8,20 @@ from rlhf_dist.config.algorithm import AlgorithmSection, KlSection
 
 def test_defaults_follow_the_numerics():
     section = AlgorithmSection()
-    assert (section.gamma, section.lam, section.epochs, section.clip_low, section.clip_high, section.value_clip) == (1.0, 0.95, 4, 0.2, 0.2, 0.2)
-    assert (section.whiten_advantages, section.whiten_rewards, section.reduction, section.truncated) == (True, False, "token_mean", "terminal")
+    assert (section.gamma, section.lam, section.epochs, section.clip_low, section.clip_high, section.value_clip) == (
+        1.0,
+        0.95,
+        4,
+        0.2,
+        0.2,
+        0.2,
+    )
+    assert (section.whiten_advantages, section.whiten_rewards, section.reduction, section.truncated) == (
+        True,
+        False,
+        "token_mean",
+        "terminal",
+    )
     assert (KlSection().target, KlSection().horizon, KlSection().adaptive) == (6.0, 10000, False)
 
 

@@ -17,7 +17,14 @@ def test_an_overlong_prompt_is_an_error_unless_asked_otherwise():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"train": []}, {"eval_fraction": 1.0}, {"eval_fraction": -0.1}, {"max_prompt_tokens": 0}, {"overlong": "truncate"}, {"shuffle_buffer": -1}],
+    [
+        {"train": []},
+        {"eval_fraction": 1.0},
+        {"eval_fraction": -0.1},
+        {"max_prompt_tokens": 0},
+        {"overlong": "truncate"},
+        {"shuffle_buffer": -1},
+    ],
 )
 def test_ranges(changes):
     with pytest.raises(ValidationError, match=next(iter(changes))):

@@ -8,7 +8,13 @@ from rlhf_dist.config.engines import EngineSection, LoraSection, PolicySection, 
 
 def test_defaults_run_on_a_laptop():
     section = EngineSection()
-    assert (section.dtype, section.deepspeed, section.ranks, section.gpus_per_rank, section.trust_remote_code) == ("fp32", "", 1, 0.0, False)
+    assert (section.dtype, section.deepspeed, section.ranks, section.gpus_per_rank, section.trust_remote_code) == (
+        "fp32",
+        "",
+        1,
+        0.0,
+        False,
+    )
 
 
 def test_the_policy_needs_a_model_the_others_start_from_it():

@@ -45,7 +45,9 @@ def test_a_plain_float_with_an_exponent_is_a_number(path):
 
 def test_an_override_may_enter_a_list_a_mapping_or_null(path):
     config = load_config(
-        PPOConfig, path, ["reward.sources.1.weight=2", "rollout.stop_strings=['. ', END]", "policy.lora={r: 4}", "algorithm.value_clip=null"]
+        PPOConfig,
+        path,
+        ["reward.sources.1.weight=2", "rollout.stop_strings=['. ', END]", "policy.lora={r: 4}", "algorithm.value_clip=null"],
     )
     assert [source.weight for source in config.reward.sources] == [1.0, 2.0]
     assert config.rollout.stop_strings == [". ", "END"]
@@ -96,7 +98,11 @@ def test_a_wrong_value_inside_a_union_is_named_as_it_is_written(path):
 def test_every_mistake_is_listed_with_file_and_advice(path):
     error = refusal(path, "run.steps=0", "policy.dtype=fp8", "rollout.slot=1")
     assert error.where == str(path)
-    for line in ("run.steps: Input should be greater", "policy.dtype: Input should be 'fp32', 'bf16' or 'fp16'", "rollout.slot: no such key"):
+    for line in (
+        "run.steps: Input should be greater",
+        "policy.dtype: Input should be 'fp32', 'bf16' or 'fp16'",
+        "rollout.slot: no such key",
+    ):
         assert line in error.what
     assert "rlhf-dist config show" in error.fix
 

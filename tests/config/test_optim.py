@@ -11,7 +11,10 @@ def test_defaults_follow_the_numerics():
     assert section.eps == 1e-5 and section.clip_norm == 1.0 and section.schedule == "linear"
 
 
-@pytest.mark.parametrize("changes", [{"lr": 0}, {"eps": 0}, {"weight_decay": -1}, {"warmup_steps": -1}, {"clip_norm": -1}, {"betas": (0.9,)}, {"schedule": "cosine"}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"lr": 0}, {"eps": 0}, {"weight_decay": -1}, {"warmup_steps": -1}, {"clip_norm": -1}, {"betas": (0.9,)}, {"schedule": "cosine"}],
+)
 def test_ranges(changes):
     with pytest.raises(ValidationError, match=next(iter(changes))):
         OptimSection(**changes)

@@ -78,6 +78,8 @@ for name in names:
 heavy = {"torch", "transformers", "ray", "deepspeed", "numpy"} & set(sys.modules)
 print(len(names), sorted(heavy))
 """
-    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True).stdout.split(maxsplit=1)
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True).stdout.split(
+        maxsplit=1
+    )
     assert int(answer[0]) >= 13
     assert answer[1].strip() == "[]"

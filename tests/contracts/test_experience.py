@@ -143,7 +143,9 @@ def test_concat_refuses_nothing_and_half_filled_fields():
 
 def test_a_column_that_only_some_batches_have_stays_beside_its_rows():
     two = build([{"prompt": [1], "response": []}, {"prompt": [2], "response": []}])
-    joined = ExperienceBatch.concat([two.replace(columns={"answer": (5, 6)}), two.replace(columns={}), two.replace(columns={"other": (7, 8)})])
+    joined = ExperienceBatch.concat(
+        [two.replace(columns={"answer": (5, 6)}), two.replace(columns={}), two.replace(columns={"other": (7, 8)})]
+    )
     assert joined.columns == {"answer": (5, 6, None, None, None, None), "other": (None, None, None, None, 7, 8)}
 
 

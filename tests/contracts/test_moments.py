@@ -1,6 +1,7 @@
 """Moments of parts merge to the moments of the whole."""
 
 import statistics
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -21,7 +22,7 @@ def direct(values):
 @given(VALUES, st.lists(st.integers(0, 40), max_size=4))
 def test_merging_any_cut_equals_the_direct_computation(values, cuts):
     edges = [0, *sorted(min(cut, len(values)) for cut in cuts), len(values)]
-    got = merged_moments(direct(values[a:b]) for a, b in zip(edges, edges[1:], strict=False))
+    got = merged_moments(direct(values[a:b]) for a, b in pairwise(edges))
     want = direct(values)
     assert got.count == want.count
     assert got.mean == pytest.approx(want.mean, rel=1e-9, abs=1e-9)

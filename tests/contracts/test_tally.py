@@ -2,6 +2,7 @@
 
 import math
 import pickle
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -25,7 +26,7 @@ def counted(entries):
 def test_merging_any_cut_equals_one_count(entries, cuts):
     edges = [0, *sorted(min(cut, len(entries)) for cut in cuts), len(entries)]
     whole = counted(entries)
-    pieces = merged(counted(entries[a:b]) for a, b in zip(edges, edges[1:], strict=False))
+    pieces = merged(counted(entries[a:b]) for a, b in pairwise(edges))
     assert pieces.weights == whole.weights and pieces.maxima == whole.maxima
     assert pieces.sums == pytest.approx(whole.sums, rel=1e-9, abs=1e-6)
 

@@ -16,8 +16,10 @@ from rlhf_dist.data.toy import write_toy
 SHARED = Path(__file__).resolve().parents[2] / ".." / "shared"
 STORIES = SHARED / "models" / "stories260K"
 TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant'] %}{{ raise_exception('unknown role ' + m.role) }}{% endif %}"
-    "<{{ m.role }}>{{ m.content }}{% if m.name is defined %} by {{ m.name }}{% endif %}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role not in ['system', 'user', 'assistant'] %}{{ raise_exception('unknown role ' + m.role) }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}{% if m.name is defined %} by {{ m.name }}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
 
@@ -30,7 +32,12 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBa
 
 
 def test_renders_with_the_opening_of_the_answer(tokenizer: PreTrainedTokenizerBase) -> None:
-    messages = [{"role": "system", "content": ""}, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Go"}]
+    messages = [
+        {"role": "system", "content": ""},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Yes?"},
+        {"role": "user", "content": "Go"},
+    ]
     assert render_messages(messages, tokenizer, where="f:1") == "<s><system>\n<user>Hi\n<assistant>Yes?\n<user>Go\n<assistant>"
 
 

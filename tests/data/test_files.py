@@ -227,7 +227,7 @@ def test_tables_stream_in_bounded_memory(tmp_path: Path, name: str) -> None:
 
 
 def test_a_csv_reader_given_up_early_takes_nothing_from_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """pyarrow's CSV reader reads ahead in a thread: were its file closed under it, the thread would read whatever got the descriptor next."""
+    """pyarrow's CSV reader reads ahead in a thread: close its file, and the thread reads from whatever gets the descriptor next."""
     path = tmp_path / "a.csv"
     path.write_text("prompt,n\n" + "".join(f"{'x' * 1000},{i}\n" for i in range(3000)))
     opened: list[pa.NativeFile] = []

@@ -169,7 +169,9 @@ def test_the_address_and_further_options_come_from_the_environment(tmp_path, env
 def test_the_deepspeed_launcher_starts_ranks_of_our_module_on_this_machine(tmp_path, environment):
     config = tmp_path / "c.yaml"
     config.write_text("")
-    answer = launch("deepspeed_single_node.sh", str(config), "run.steps=2", cwd=tmp_path, env=environment | {"RANKS": "3", "MASTER_PORT": "29511"})
+    answer = launch(
+        "deepspeed_single_node.sh", str(config), "run.steps=2", cwd=tmp_path, env=environment | {"RANKS": "3", "MASTER_PORT": "29511"}
+    )
     assert answer.returncode == 0, answer.stderr
     head = ["deepspeed", str(ROOT), "--hostfile", "/dev/null", "--num_gpus", "3", "--master_port", "29511", "--no_local_rank", "--module"]
     tail = ["rlhf_dist.cli.main", "ppo", "--config", str(config), "placement.launcher=spmd", "run.steps=2"]

@@ -1,0 +1,183 @@
+"""Builds the second reward of the sentiment recipe: a small BERT that tells a cheerful little story from one that is not.
+
+    python configs/recipes/sentiment/build_classifier.py            # writes runs/sentiment/classifier
+
+Its stories are put together here from everyday words and labelled by VADER (package vaderSentiment); its tokenizer is learnt from
+those stories and shares nothing with the policy's, so in a run every completion is decoded and tokenised again. It takes seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+HERE = Path(__file__).resolve().parent
+OPENINGS = HERE / "openings.jsonl"
+OUTPUT = HERE.parents[2] / "runs" / "sentiment" / "classifier"
+
+CHEERFUL = 0.05  # VADER's own boundary between neutral and positive
+LABELS = {0: "other", 1: "cheerful"}
+VOCABULARY = 1500
+POSITIONS = 256
+BATCH = 64
+LEARNING_RATE = 1e-3
+
+NAMES = "Lily Tim Mia Ben Anna Tom Sara Max Zoe Leo Ella Sam Ruby Lucy Jack Emma Nina Omar Rosa Peter Mom Dad Grandma Grandpa Spot".split()
+WHO = "the girl|the boy|the cat|the dog|the bird|the bear|the rabbit|the old man|the king|the fairy|the duck|the frog|they|he|she".split("|")
+THINGS = "ball box tree flower boat cake kite house hat book car river garden door apple toy bed road stone cloud drum shoe".split()
+FEELINGS = (
+    "happy glad proud kind cheerful excited friendly safe brave lucky joyful grateful calm sweet lovely funny playful thankful special good "
+    "sad angry scared hurt lonely upset tired mad mean afraid worried bad lost broken sick bored jealous terrible awful ugly nervous cruel "
+    "small big red old quiet tall round wet new slow early green"
+).split()
+DEEDS = (
+    "loved hugged thanked helped kissed enjoyed liked shared admired hated hurt broke lost ruined stole missed feared hit saw took found "
+    "carried painted opened moved washed"
+).split()
+SOUNDS = "smiled|laughed|cheered|danced|sang|relaxed|cried|screamed|yelled|fought|cried a lot|walked|sat down|looked up|ran home|waited".split("|")
+QUOTES = (
+    "I love you|You are my best friend|Thank you|This is fun|What a nice surprise|I am so happy|Great job|I hate this|Go away|I am scared|"
+    "You are mean|That is bad|Help|I am sorry|Look at this|Where is it|Let us go|It is late"
+).split("|")
+PATTERNS = (
+    "{Who} was {very}{feeling}.",
+    "{Who} felt {feeling} and {feeling2}.",
+    "{name} {deed} the {thing}.",
+    "{name} {deed} the {feeling} {thing}.",
+    "{Who} {sound}.",
+    "{Who} saw a {feeling} {thing}.",
+    "{name} and {name2} {sound}.",
+    '"{quote}!" said {name}.',
+    "{name} was not {feeling}.",
+    "It was a {feeling} day.",
+    "The {thing} was {very}{feeling}.",
+    "{name} had a {feeling} {thing}.",
+    "{Who} did not want to play.",
+    "{name} went to the park with {name2}.",
+)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is generated and how often it is read. The classifier's quality grows with both; a test takes less of them."""
+
+    stories: int = 8000
+    held_out: int = 1000
+    epochs: int = 3
+
+
+def story(dice: random.Random, openings: Sequence[str]) -> str:
+    """One to six sentences, half of the time behind an opening of the recipe."""
+    sentences = [_sentence(dice) for _ in range(dice.randint(1, 6))]
+    return " ".join([f"{dice.choice(openings)}."] * dice.randint(0, 1) + sentences)
+
+
+def labelled(count: int, seed: int, openings: Sequence[str]) -> tuple[list[str], list[int]]:
+    """Distinct stories with labels (`LABELS`), as many of one as of the other."""
+    dice, analyzer = random.Random(seed), SentimentIntensityAnalyzer()
+    wanted = {1: count // 2, 0: count - count // 2}
+    found: dict[str, int] = {}
+    while any(wanted.values()):
+        text = story(dice, openings)
+        label = int(analyzer.polarity_scores(text)["compound"] >= CHEERFUL)
+        if wanted[label] and text not in found:
+            found[text] = label
+            wanted[label] -= 1
+    return list(found), list(found.values())
+
+
+def learn_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A lower-casing WordPiece tokenizer that frames a text with [CLS] and [SEP]; words it has not seen are spelt."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    alphabet = list("abcdefghijklmnopqrstuvwxyz0123456789")
+    trainer = trainers.WordPieceTrainer(vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", model_max_length=POSITIONS
+    )
+
+
+def new_model(vocabulary: int) -> BertForSequenceClassification:
+    """About 0.2 M random weights."""
+    config = BertConfig(
+        vocab_size=vocabulary, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
+        max_position_embeddings=POSITIONS, num_labels=len(LABELS), id2label=LABELS, label2id={name: label for label, name in LABELS.items()},
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pad_token_id=0,
+    )  # fmt: skip
+    return BertForSequenceClassification(config)
+
+
+def train(model: BertForSequenceClassification, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], labels: Sequence[int], epochs: int) -> None:
+    """AdamW with a linearly falling rate over shuffled batches."""
+    steps = epochs * -(-len(texts) // BATCH)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.05, total_iters=steps)
+    model.train()
+    for _ in range(epochs):
+        for rows in torch.randperm(len(texts)).split(BATCH):
+            batch = tokenizer([texts[row] for row in rows], padding=True, return_tensors="pt")
+            model(**batch, labels=torch.tensor([labels[row] for row in rows])).loss.backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+    model.eval()
+
+
+@torch.no_grad()
+def accuracy(model: BertForSequenceClassification, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], labels: Sequence[int]) -> float:
+    """The share of texts whose label the model names."""
+    batch = tokenizer(list(texts), padding=True, return_tensors="pt")
+    return float((model(**batch).logits.argmax(1) == torch.tensor(labels)).float().mean())
+
+
+def build(output: Path, size: Size, seed: int = 0) -> float:
+    """Generates, trains, checks and saves (safetensors and tokenizer); returns the accuracy on stories that were not trained on."""
+    torch.manual_seed(seed)
+    openings = [json.loads(line)["prompt"] for line in OPENINGS.read_text(encoding="utf-8").splitlines()]
+    texts, labels = labelled(size.stories + size.held_out, seed, openings)
+    order = random.Random(seed).sample(range(len(texts)), len(texts))
+    held_out, trained_on = order[: size.held_out], order[size.held_out :]
+    tokenizer = learn_tokenizer([texts[row] for row in trained_on])
+    model = new_model(len(tokenizer))
+    train(model, tokenizer, [texts[row] for row in trained_on], [labels[row] for row in trained_on], size.epochs)
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    return accuracy(model, tokenizer, [texts[row] for row in held_out], [labels[row] for row in held_out])
+
+
+def _sentence(dice: random.Random) -> str:
+    who, (name, name2), (feeling, feeling2) = dice.choice(WHO), dice.sample(NAMES, 2), dice.sample(FEELINGS, 2)
+    return dice.choice(PATTERNS).format(
+        Who=dice.choice([who.capitalize(), name]), name=name, name2=name2, thing=dice.choice(THINGS), deed=dice.choice(DEEDS),
+        feeling=feeling, feeling2=feeling2, sound=dice.choice(SOUNDS), quote=dice.choice(QUOTES), very=dice.choice(["", "", "very ", "so "]),
+    )  # fmt: skip
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Builds the classifier of the sentiment recipe.")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder to write (default: runs/sentiment/classifier)")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    began, size = time.perf_counter(), Size()
+    reached = build(options.output, size, options.seed)
+    seconds = time.perf_counter() - began
+    print(f"{options.output}: accuracy {reached:.3f} on {size.held_out} held-out stories (chance 0.5), {seconds:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

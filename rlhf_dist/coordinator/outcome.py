@@ -1,0 +1,52 @@
+"""What came out of one PPO step, and the metrics made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rlhf_dist.contracts.tally import merged
+from rlhf_dist.coordinator.clock import Clock
+from rlhf_dist.coordinator.experience import Experience
+from rlhf_dist.coordinator.judging import Judged
+from rlhf_dist.coordinator.shards import Shard
+from rlhf_dist.coordinator.update import UpdateReport
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """A finished step, over all ranks. clock: seconds by phase; bytes_moved: what passed through the coordinator."""
+
+    shards: Sequence[Shard]
+    judged: Judged
+    experience: Experience
+    report: UpdateReport
+    clock: Clock
+    bytes_moved: int
+
+    @property
+    def episodes(self) -> int:
+        """Sequences that were trained on."""
+        return len(self.experience.kl)
+
+    @property
+    def kl(self) -> float:
+        """Mean over those sequences of Σ k1, in nats: what the adaptive controller is fed (NUMERICS §1)."""
+        return sum(self.experience.kl) / self.episodes
+
+    @property
+    def mean_return(self) -> float:
+        """Mean of score − β Σ k1: what the baseline of `reinforce` follows."""
+        return self.experience.tally.means()["objective/rlhf_reward"]
+
+    @property
+    def dropped(self) -> int:
+        """Samples left out with their groups, because no reward judged one of the group."""
+        return len(self.judged.keep) - sum(self.judged.keep)
+
+    def metrics(self) -> dict[str, float]:
+        """All metrics of the step under the names the ecosystem knows."""
+        sampled = [shard.info.tally for shard in self.shards if shard.info is not None]
+        counted = merged([*sampled, self.judged.tally, self.experience.tally]).means()
+        moved = {"coordinator/bytes_per_sample": self.bytes_moved / len(self.judged.keep)}
+        return counted | self.report.metrics | self.clock.metrics() | moved

@@ -1,0 +1,180 @@
+"""What all tests share: tiny real models, real data if it lies beside the checkout, ranks as processes, one Ray session."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+WORDS = [f"w{number}" for number in range(60)]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real models and data beside the checkout; skips where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip("no real models and data beside the checkout (../shared)")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of a few thousand random parameters with a word tokenizer (bos, eos, pad), saved as a Hugging Face folder."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny_model")
+    tokenizer = word_tokenizer()
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.3,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def word_tokenizer() -> Any:
+    """`<pad> <s> </s> <unk>` and sixty words; `<s>` is put in front."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: number for number, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+
+
+@pytest.fixture(scope="session")
+def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty prompts of one to six words, with an `answer` column."""
+    path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
+    rows = [{"prompt": " ".join(WORDS[(n * 7 + k) % 60] for k in range(1 + n % 6)), "answer": WORDS[n]} for n in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def reward_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's module with a few rewards."""
+    path = tmp_path_factory.mktemp("user") / "user_rewards.py"
+    path.write_text(
+        "def even(prompts, completions, **columns):\n"
+        "    return [sum(int(w[1:]) % 2 == 0 for w in c.split() if w[1:].isdigit()) / (1 + len(c.split())) for c in completions]\n"
+        "def short(prompts, completions, **columns):\n"
+        "    return [len(completions)] and [0.0]\n"
+        "def text(prompts, completions, **columns):\n"
+        "    return ['good' for _ in completions]\n"
+        "def nan(prompts, completions, **columns):\n"
+        "    return [float('nan') for _ in completions]\n"
+        "def abstains(prompts, completions, **columns):\n"
+        "    return [None for _ in completions]\n"
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_model: Path, prompts_file: Path, reward_file: Path) -> Callable[[Path], dict[str, Any]]:
+    """`tiny_run(folder)`: a config of a tiny run in one plain process, as plain values to change and validate."""
+
+    def values(folder: Path) -> dict[str, Any]:
+        return {
+            "run": {"name": "test", "output_dir": str(folder / "runs"), "steps": 2, "seed": 3},
+            "data": {"train": str(prompts_file), "eval_fraction": 0.25, "max_prompt_tokens": 16},
+            "policy": {"model": str(tiny_model), "optim": {"lr": 1e-3}},
+            "value": {"optim": {"lr": 1e-3}},
+            "reward": {"sources": [{"name": "even", "kind": "function", "path": f"{reward_file}:even"}]},
+            "rollout": {"prompts_per_step": 8, "samples_per_prompt": 2, "max_new_tokens": 12, "slots": 8},
+            "algorithm": {"epochs": 2, "minibatches": 2},
+            "placement": {"launcher": "spmd"},
+        }
+
+    return values
+
+
+@pytest.fixture
+def ppo_values(tiny_run: Callable[[Path], dict[str, Any]], tmp_path: Path) -> dict[str, Any]:
+    """A config of a tiny run in one plain process, as plain values to change and validate."""
+    return tiny_run(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def rlhf_dist_ppo(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`rlhf_dist_ppo(values, "key=value", ...)`: `rlhf-dist ppo` in this process, on a YAML file of the values; returns the run folder."""
+
+    def run(values: dict[str, Any], *overrides: str) -> Path:
+        import yaml
+
+        from rlhf_dist.cli.main import main
+
+        config = tmp_path_factory.mktemp("config") / "config.yaml"
+        config.write_text(yaml.safe_dump(values))
+        main(["ppo", "--config", str(config), *overrides])
+        return Path(values["run"]["output_dir"]) / values["run"]["name"]
+
+    return run
+
+
+@pytest.fixture
+def plain_rank() -> Any:
+    """This process as the only rank. It joins anew where an earlier test left the process group; what it sets in the environment goes again."""
+    from rlhf_dist.engines.process import LAUNCH_VARIABLES, free_port, start_process_group
+
+    before = {name: os.environ.get(name) for name in LAUNCH_VARIABLES}
+    yield start_process_group(0, 1, 0, "127.0.0.1", free_port())
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+
+
+@pytest.fixture(scope="session")
+def run_ranks() -> Any:
+    """`run_ranks(script, world_size, *arguments)`: see `_run_ranks`."""
+    return _run_ranks
+
+
+def _run_ranks(script: Path, world_size: int, *arguments: str, timeout: float = 240) -> list[Any]:
+    """Runs a script as the ranks of one process group (RANK, WORLD_SIZE, MASTER_* set) and returns what each printed last, as JSON."""
+    from rlhf_dist.engines.process import free_port
+
+    common = os.environ | {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "PYTHONPATH": str(ROOT)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script), *arguments],
+            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(world_size)
+    ]  # fmt: skip
+    try:
+        answers = [process.communicate(timeout=timeout) for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    for process, (out, err) in zip(ranks, answers, strict=True):
+        assert process.returncode == 0, f"{script.name}: rank failed with {process.returncode}\n{out[-2000:]}\n{err[-4000:]}"
+    return [json.loads(out.strip().splitlines()[-1]) for out, _ in answers]
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One local Ray cluster for all tests that need one, with more CPUs declared than there are."""
+    import ray
+
+    ray.init(address="local", num_cpus=16, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()

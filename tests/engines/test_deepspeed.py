@@ -1,0 +1,318 @@
+"""The DeepSpeed engine on one rank against plain torch: gradients, steps, exports and checkpoints at every ZeRO stage."""
+
+import copy
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rlhf_dist.algos.schedules import lr_factor
+from rlhf_dist.config.deepspeed import resolve_deepspeed
+from rlhf_dist.config.engines import LoraSection
+from rlhf_dist.config.errors import UserError
+from rlhf_dist.config.optim import OptimSection
+from rlhf_dist.contracts.engine import Outputs
+from rlhf_dist.contracts.experience import SequenceBatch
+from rlhf_dist.contracts.tally import Tally
+from rlhf_dist.engines import deepspeed as module_under_test
+from rlhf_dist.engines.deepspeed import DeepSpeedEngine, Training
+from rlhf_dist.engines.process import Rank
+from rlhf_dist.models.lora import add_adapter
+from rlhf_dist.models.policy import PolicyModule
+
+STAGES = (0, 1, 2, 3)
+DENOMINATOR = 7.0
+AS_IF_SGD = OptimSection(lr=1e7, betas=(0.0, 0.0), eps=1e7, clip_norm=0, schedule="constant")
+"""w ← w − lr · g / (|g| + eps): with lr = eps ≫ |g| a step takes exactly the gradient off the weights."""
+
+
+def llama(**options: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    size = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**size, max_position_embeddings=32, initializer_range=0.3, **options)).eval()
+
+
+def batch(seed: int = 0, rows: int = 6) -> SequenceBatch:
+    """Ragged rows."""
+    generator = torch.Generator().manual_seed(seed)
+    prompts, responses = torch.randint(1, 4, (2, rows, 1), generator=generator)
+    mask_BT = torch.arange(3) < responses
+    return SequenceBatch(
+        torch.randint(40, (rows, 3), generator=generator),
+        torch.arange(3) >= 3 - prompts,
+        torch.randint(40, (rows, 3), generator=generator),
+        mask_BT,
+        mask_BT.clone(),
+    )
+
+
+def objective(outputs: Outputs, microbatch: SequenceBatch) -> tuple[Tensor, Tally]:
+    """Summed negative log-likelihood."""
+    loss = -torch.where(microbatch.response_mask_BT, outputs["logprobs_BT"], 0.0).sum()
+    tally = Tally()
+    tally.add("nll", float(loss.detach()), float(microbatch.response_mask_BT.sum()))
+    return loss, tally
+
+
+@pytest.fixture
+def engine_of(plain_rank: Rank, tmp_path: Path) -> Callable[..., DeepSpeedEngine]:
+    """`engine_of(stage, model, optim, dtype)`; without optim an engine that only runs forward."""
+
+    def make(stage: int, model: nn.Module | None = None, optim: OptimSection | None = None, dtype: str = "fp32") -> DeepSpeedEngine:
+        path = tmp_path / f"zero{stage}.json"
+        path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+        clip = optim.clip_norm if optim else 0.0
+        config = resolve_deepspeed(str(path), dtype=dtype, clip_norm=clip, trains=optim is not None)  # type: ignore[arg-type]
+        training = Training(optim, total_steps=5) if optim else None
+        return DeepSpeedEngine(PolicyModule(model or llama()), config, plain_rank, training)
+
+    return make
+
+
+def exported(engine: DeepSpeedEngine) -> dict[str, Tensor]:
+    return {name: weight for bucket in engine.export_weights() for name, weight in bucket.items()}
+
+
+def autograd(model: nn.Module, microbatches: Sequence[SequenceBatch]) -> dict[str, Tensor]:
+    """Gradient of Σ loss / DENOMINATOR by plain torch, one row at a time in double precision."""
+    twin = PolicyModule(copy.deepcopy(model).double())
+    for microbatch in microbatches:
+        for row in range(len(microbatch)):
+            single = microbatch.select([row])
+            (objective(twin(**twin.inputs(single)), single)[0] / DENOMINATOR).backward()
+    return {name: parameter.grad for name, parameter in twin.model.named_parameters() if parameter.grad is not None}
+
+
+def relative_gap(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
+    assert set(got) == set(want)
+    difference = sum(float((got[name].double() - want[name].double()).square().sum()) for name in want)
+    return (difference / sum(float(x.double().square().sum()) for x in want.values())) ** 0.5
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_step_takes_off_exactly_the_gradient_however_the_batch_is_cut(stage: int, tied: bool, engine_of) -> None:
+    """Σ loss / denominator, at every step anew: nothing of an earlier gradient is left over."""
+    engine, whole = engine_of(stage, llama(tie_word_embeddings=tied), AS_IF_SGD), batch()
+    cuts = [[range(6)], [[0], [1, 2], [3, 4, 5]], [[5, 1], [0, 2, 3, 4]], [[row] for row in range(6)]]
+    for cut in cuts:
+        before = exported(engine)
+        current = llama(tie_word_embeddings=tied)
+        missing, unexpected = current.load_state_dict(before, strict=False)
+        assert missing == (["lm_head.weight"] if tied else []) and not unexpected
+        want = autograd(current, [whole])
+        tally = engine.forward_backward([whole.select(list(rows)) for rows in cut], objective, DENOMINATOR)
+        step = engine.optimizer_step()
+        after = exported(engine)
+        assert relative_gap({name: before[name] - after[name] for name in before}, want) < 2e-6
+        norm = sum(float(gradient.square().sum()) for gradient in want.values()) ** 0.5
+        assert step.grad_norm == pytest.approx(norm, rel=1e-6) and step.lr == AS_IF_SGD.lr and not step.skipped
+        assert tally.weights == {"nll": float(whole.valid_tokens_B.sum())}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_rank_without_rows_contributes_zero_and_still_steps(stage: int, engine_of) -> None:
+    engine = engine_of(stage, optim=AS_IF_SGD)
+    before = exported(engine)
+    assert engine.forward_backward([], objective, DENOMINATOR).sums == {}
+    assert engine.optimizer_step().grad_norm == 0.0
+    after = exported(engine)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_three_steps_of_adamw_with_clipping_and_schedule_are_torchs_own(stage: int, engine_of) -> None:
+    optim = OptimSection(lr=3e-3, eps=1e-5, betas=(0.9, 0.95), weight_decay=0.1, clip_norm=0.5, warmup_steps=1, schedule="linear")
+    engine, twin = engine_of(stage, optim=optim), PolicyModule(llama())
+    adamw = torch.optim.AdamW(twin.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
+    for number in range(3):
+        whole = batch(number)
+        engine.forward([whole])
+        engine.forward_backward([whole.select([0, 1, 2]), whole.select([3, 4, 5])], objective, DENOMINATOR)
+        step = engine.optimizer_step()
+        for group in adamw.param_groups:
+            group["lr"] = optim.lr * lr_factor(number, 5, 1, "linear")
+        (objective(twin(**twin.inputs(whole)), whole)[0] / DENOMINATOR).backward()
+        norm = nn.utils.clip_grad_norm_(twin.parameters(), optim.clip_norm)
+        adamw.step()
+        adamw.zero_grad()
+        assert step.grad_norm == pytest.approx(float(norm), rel=2e-5) and float(norm) > optim.clip_norm
+        assert step.lr == adamw.param_groups[0]["lr"]
+    got, want = exported(engine), dict(twin.model.named_parameters())
+    assert all(torch.allclose(got[name], want[name], rtol=1e-4, atol=1e-5) for name in want)
+    moved = relative_gap(got, {name: weight.detach() for name, weight in llama().named_parameters()})
+    assert relative_gap(got, {name: weight.detach() for name, weight in want.items()}) < 1e-4 * moved
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_gradient_checkpointing_recomputes_and_changes_no_gradient(stage: int, engine_of) -> None:
+    gradients, calls = [], []
+    for checkpointed in (False, True):
+        model, seen = llama(attention_dropout=0.0), []
+        if checkpointed:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
+        engine = engine_of(stage, model, AS_IF_SGD)
+        before = exported(engine)
+        engine.forward_backward([batch()], objective, DENOMINATOR)
+        assert not engine.module.training
+        engine.optimizer_step()
+        gradients.append({name: before[name] - weight for name, weight in exported(engine).items()})
+        calls.append(len(seen))
+    assert calls == [1, 2]
+    assert relative_gap(gradients[1], gradients[0]) < 1e-6
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bf16_trains_on_fp32_master_weights(stage: int, engine_of) -> None:
+    """A step far below the spacing of bf16 adds up over many steps, and is lost without master weights."""
+    engine = engine_of(stage, llama().bfloat16(), OptimSection(lr=5e-5, schedule="constant"), dtype="bf16")
+    before = exported(engine)
+    losses = []
+    for _ in range(20):
+        losses.append(engine.forward_backward([batch()], objective, DENOMINATOR).means()["nll"])
+        step = engine.optimizer_step()
+    after = exported(engine)
+    assert all(weight.dtype == torch.bfloat16 for weight in after.values())
+    assert losses[-1] < losses[0] and torch.isfinite(torch.tensor(step.grad_norm)) and step.grad_norm > 0
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    large = after["model.norm.weight"] != before["model.norm.weight"]  # ones, with a spacing of 2⁻⁸ below: 20 steps add up to 0.001
+    assert not large.any()
+    for _ in range(60):
+        engine.forward_backward([batch()], objective, DENOMINATOR)
+        engine.optimizer_step()
+    assert (exported(engine)["model.norm.weight"] != before["model.norm.weight"]).any()
+
+
+def test_fp16_on_a_cpu_is_refused_before_deepspeed_does(engine_of) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU, where fp16 works")
+    with pytest.raises(UserError, match="fp16 on a CPU"):
+        engine_of(1, optim=OptimSection(), dtype="fp16")
+
+
+# --- forward ----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optim", [None, AS_IF_SGD], ids=["forward only", "trained"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_forward_answers_each_microbatch_in_order_without_gradient(stage: int, optim, engine_of) -> None:
+    engine, plain = engine_of(stage, optim=optim), PolicyModule(llama())
+    microbatches = [batch(0), batch(1, rows=2), batch(2, rows=1)]
+    outputs = engine.forward(microbatches)
+    for output, microbatch in zip(outputs, microbatches, strict=True):
+        want = plain(**plain.inputs(microbatch))
+        assert set(output) == set(want)
+        for name, tensor in output.items():
+            assert not tensor.requires_grad and tensor.device.type == "cpu"
+            torch.testing.assert_close(tensor, want[name].detach(), rtol=1e-6, atol=1e-6)
+    assert engine.forward([]) == []
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_an_engine_without_training_settings_says_so(stage: int, engine_of, tmp_path) -> None:
+    engine = engine_of(stage)
+    asked = (lambda: engine.forward_backward([batch()], objective, 1.0), engine.optimizer_step, lambda: engine.save(tmp_path), lambda: engine.load(tmp_path))
+    for call in asked:
+        with pytest.raises(AssertionError, match="forward only"):
+            call()
+    assert set(exported(engine)) == set(dict(llama().named_parameters()))
+
+
+# --- exports ----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_export_is_the_models_state_in_bounded_buckets(stage: int, tied: bool, engine_of, monkeypatch) -> None:
+    monkeypatch.setattr(module_under_test, "BUCKET_BYTES", 1500)
+    model = llama(tie_word_embeddings=tied)
+    model.register_buffer("scale", torch.tensor([2.0]))
+    want = {name: weight.clone() for name, weight in model.state_dict().items() if not (tied and name == "lm_head.weight")}
+    buckets = list(engine_of(stage, model, AS_IF_SGD).export_weights())
+    got = {name: weight for bucket in buckets for name, weight in bucket.items()}
+    assert sum(map(len, buckets)) == len(got) and set(got) == set(want)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    sizes = [sum(weight.nbytes for weight in bucket.values()) for bucket in buckets]
+    assert len(buckets) > 3 and all(size <= 1500 or len(bucket) == 1 for size, bucket in zip(sizes, buckets, strict=True))
+    assert any(len(bucket) > 1 for bucket in buckets) and any(size > 1500 for size in sizes)
+
+
+def test_exported_weights_are_copies_that_later_steps_leave_alone(engine_of) -> None:
+    engine = engine_of(0, optim=AS_IF_SGD)
+    before = exported(engine)
+    kept = {name: weight.clone() for name, weight in before.items()}
+    engine.forward_backward([batch()], objective, DENOMINATOR)
+    engine.optimizer_step()
+    assert all(torch.equal(before[name], kept[name]) for name in kept)
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_is_saved_goes_on_as_if_nothing_had_happened(stage: int, engine_of, tmp_path) -> None:
+    """Weights, optimiser and schedule: two steps after a load equal the uninterrupted ones bit for bit."""
+    optim = OptimSection(lr=3e-3, warmup_steps=1)
+
+    def steps(engine: DeepSpeedEngine, seeds: Sequence[int]) -> list[float]:
+        rates = []
+        for seed in seeds:
+            engine.forward_backward([batch(seed)], objective, DENOMINATOR)
+            rates.append(engine.optimizer_step().lr)
+        return rates
+
+    engine = engine_of(stage, optim=optim)
+    steps(engine, [0, 1])
+    engine.save(tmp_path / "checkpoint")
+    rates = steps(engine, [2, 3])
+    other = engine_of(stage, LlamaForCausalLM(llama().config), optim)
+    steps(other, [9])
+    other.load(tmp_path / "checkpoint")
+    assert steps(other, [2, 3]) == rates
+    got, want = exported(other), exported(engine)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_folder_without_a_checkpoint_is_named(stage: int, engine_of, tmp_path) -> None:
+    with pytest.raises(UserError, match="no engine checkpoint") as caught:
+        engine_of(stage, optim=AS_IF_SGD).load(tmp_path / "nothing")
+    assert caught.value.where == str(tmp_path / "nothing")
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_adapter_trains_alone_and_comes_off_between_steps(stage: int, engine_of) -> None:
+    """Adapter off equals the base after every step; steps after that equal torch's own; the export is peft's merge."""
+    optim = OptimSection(lr=0.02, schedule="constant", clip_norm=0)
+    section = LoraSection(r=2, alpha=4.0)
+    engine = engine_of(stage, add_adapter(llama(), section, seed=1), optim)
+    twin = PolicyModule(add_adapter(llama(), section, seed=1))
+    adamw = torch.optim.AdamW([p for p in twin.parameters() if p.requires_grad], lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=0)
+    base = PolicyModule(llama())
+    want = base(**base.inputs(batch()))["logprobs_BT"]
+    for seed in range(3):
+        off = engine.forward([batch()], adapter=False)[0]["logprobs_BT"]
+        assert torch.equal(off, want)
+        engine.forward_backward([batch(seed)], objective, DENOMINATOR)
+        step = engine.optimizer_step()
+        (objective(twin(**twin.inputs(batch(seed))), batch(seed))[0] / DENOMINATOR).backward()
+        norm = nn.utils.get_total_norm([p.grad for p in twin.parameters() if p.grad is not None])
+        adamw.step()
+        adamw.zero_grad()
+        assert step.grad_norm == pytest.approx(float(norm), rel=1e-4)
+    assert not torch.allclose(engine.forward([batch()])[0]["logprobs_BT"], want, atol=1e-2)
+    got, merged = exported(engine), dict(twin.model.merge_and_unload().named_parameters())
+    assert set(got) == set(merged)
+    assert all(torch.allclose(got[name], merged[name], atol=1e-4) for name in merged)

@@ -1,0 +1,141 @@
+"""RayGroup with a small real worker: references, records, errors, deadlines, death."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import ray
+import torch
+
+from rlhf_dist.config.errors import UserError
+from rlhf_dist.config.operation import PlacementSection
+from rlhf_dist.contracts.group import Stored
+from rlhf_dist.workers.placement import Demand
+from rlhf_dist.workers.ray_group import RayGroup, get, wait_all
+
+pytestmark = pytest.mark.distributed
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+class Worker:
+    """Answers about itself."""
+
+    def __init__(self, rank: Any) -> None:
+        self.rank = rank
+
+    def make(self, size: int) -> Stored[torch.Tensor, dict[str, int]]:
+        return Stored(torch.full((size,), float(self.rank.rank)), {"rank": self.rank.rank, "size": size})
+
+    def total(self, pieces: list[torch.Tensor], named: tuple[str, torch.Tensor]) -> float:
+        return float(sum(piece.sum() for piece in pieces) + named[1].sum())
+
+    def reduced(self) -> float:
+        value = torch.tensor([float(self.rank.rank + 1)])
+        torch.distributed.all_reduce(value)
+        return float(value)
+
+    def folder(self) -> tuple[str, str]:
+        return os.getcwd(), os.environ["OMP_NUM_THREADS"]
+
+    def fail(self, kind: str) -> None:
+        if self.rank.rank == 1:
+            raise UserError("broken", where="here", fix="mend it") if kind == "user" else ZeroDivisionError("inside")
+        time.sleep(60)  # like a rank that waits in a collective for the one that failed
+
+    def die(self) -> None:
+        os._exit(1)
+
+
+@pytest.fixture(scope="module")
+def group(ray_session: None) -> Iterator[RayGroup]:
+    group = RayGroup(Demand("policy", 2, 0.5, 0.0, "PACK"), Worker, PlacementSection(threads_per_rank=3))
+    group.begin_start()
+    group.finish_start()
+    yield group
+    group.close()
+
+
+def test_records_come_back_in_rank_order_and_payloads_stay_away(group: RayGroup) -> None:
+    before = group.bytes_received
+    handles = group.submit(Worker.make, [(1000,), (2000,)])
+    assert group.collect(handles) == [{"rank": 0, "size": 1000}, {"rank": 1, "size": 2000}]
+    assert group.bytes_received - before < 200, "only the records reach the caller"
+
+
+def test_handles_stand_for_their_payloads_anywhere_in_the_arguments(group: RayGroup) -> None:
+    first, second = group.submit(Worker.make, [(10,), (20,)])
+    before = group.bytes_sent
+    answers = group.collect(group.submit(Worker.total, [([first, second, second], ("x", second))] * 2))
+    assert answers == [60.0, 60.0]
+    assert group.bytes_sent - before < 500, "references travel, not tensors"
+
+
+def test_ranks_share_a_process_group(group: RayGroup) -> None:
+    assert group.collect(group.submit(Worker.reduced, [()] * 2)) == [3.0, 3.0]
+
+
+def test_actors_stand_in_the_users_folder_with_the_threads_of_the_config(group: RayGroup) -> None:
+    assert group.collect(group.submit(Worker.folder, [()] * 2)) == [(os.getcwd(), "3")] * 2
+
+
+def test_arguments_must_be_one_tuple_a_rank(group: RayGroup) -> None:
+    with pytest.raises(AssertionError, match="2 ranks"):
+        group.submit(Worker.reduced, [()])
+
+
+def test_a_late_answer_is_an_error_that_says_who_was_asked(group: RayGroup) -> None:
+    @ray.remote(num_cpus=0)
+    def slow() -> None:
+        time.sleep(30)
+
+    reference = slow.remote()
+    with pytest.raises(UserError, match=r"no answer within 0\.2 s") as caught:
+        wait_all([reference], 0.2, "policy rank 0, generate")
+    assert caught.value.where == "policy rank 0, generate"
+    with pytest.raises(UserError, match="no answer"):
+        get(reference, 0.2, "x")
+    ray.cancel(reference, force=True)
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("user", UserError), ("other", ZeroDivisionError)])
+def test_the_first_failure_is_raised_while_another_rank_still_waits(ray_session: None, kind: str, expected: type[Exception]) -> None:
+    group = RayGroup(Demand("value", 2, 0.5, 0.0, "PACK"), Worker, PlacementSection())
+    try:
+        group.begin_start()
+        group.finish_start()
+        began = time.monotonic()
+        with pytest.raises(expected) as caught:
+            group.collect(group.submit(Worker.fail, [(kind,)] * 2))
+        assert time.monotonic() - began < 30
+        if kind == "user":
+            assert (caught.value.what, caught.value.where, caught.value.fix) == ("broken", "here", "mend it")
+        else:
+            with pytest.raises(UserError, match="died"):
+                group.collect(group.submit(Worker.die, [()] * 2))
+    finally:
+        group.close()
+        group.close()
+    assert not ray.util.placement_group_table(group._bundles)["state"] == "CREATED"
+
+
+def test_a_factory_that_fails_is_reported_by_finish_start(ray_session: None) -> None:
+    def broken(rank: Any) -> None:
+        raise UserError("no model", where="folder", fix="name one")
+
+    group = RayGroup(Demand("value", 1, 0.5, 0.0, "PACK"), broken, PlacementSection())
+    try:
+        group.begin_start()
+        with pytest.raises(UserError, match="no model"):
+            group.finish_start()
+    finally:
+        group.close()
+
+
+def test_what_is_never_placed_is_an_error_within_the_deadline(ray_session: None) -> None:
+    with pytest.raises(UserError, match="did not place the 1 ranks of reward within 1 s"):
+        RayGroup(Demand("reward", 1, 1000.0, 0.0, "PACK"), Worker, PlacementSection(start_timeout_s=1))
