@@ -91,7 +91,7 @@ def main(
             seconds["generate"].append(time.perf_counter() - middle)
     gap = logprob_gap(policy, work, completions)
     report = {
-        "model": model or f"random Llama, hidden {hidden}, layers {layers}",
+        "model": Path(model).name or f"random Llama, hidden {hidden}, layers {layers}",
         "parameters": sum(parameter.numel() for parameter in policy.parameters()),
         "rows": rows,
         "batch": batch,

@@ -14,6 +14,8 @@ config="$(config_path "$1")"
 shift
 ray="$(program ray)"
 rlhf_dist="$(program rlhf-dist)"
+# A cluster whose head found a token file asks for the token, but `ray job submit` sends it only when told so (seen with Ray 2.60).
+if [[ -z "${RAY_AUTH_MODE:-}" && -f "${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}" ]]; then export RAY_AUTH_MODE=token; fi
 read -r -a job_args <<<"${RAY_JOB_ARGS:-}"
 
 exec "$ray" job submit --address "${RAY_ADDRESS:-http://127.0.0.1:8265}" "${job_args[@]}" -- \

@@ -42,7 +42,9 @@ class AlgorithmSection(Section):
     kl: KlSection = Field(default_factory=KlSection)
 
     @model_validator(mode="after")
-    def _bootstrap_needs_a_critic(self) -> AlgorithmSection:
+    def _needs_token_rewards(self) -> AlgorithmSection:
         if self.truncated == "bootstrap" and self.estimator != "gae":
             raise ValueError("truncated: bootstrap needs the value model of estimator: gae")
+        if self.whiten_rewards and self.estimator != "gae":
+            raise ValueError("whiten_rewards scales the token rewards of estimator: gae; the others have one return a sequence")
         return self

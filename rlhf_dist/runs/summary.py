@@ -13,15 +13,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from rlhf_dist import __version__
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.runs.atomic import write_text
 
-PACKAGES = ("rlhf_dist", "torch", "transformers", "deepspeed", "ray", "peft", "pyarrow")
+PACKAGES = ("torch", "transformers", "deepspeed", "ray", "peft", "pyarrow")
 
 
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that decide the numbers; None for one that is not installed. Imports none of them."""
-    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), "rlhf_dist": __version__} | {name: _version(name) for name in PACKAGES}
 
 
 @dataclass(frozen=True)

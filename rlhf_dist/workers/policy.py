@@ -39,7 +39,7 @@ from rlhf_dist.workers.export import export_model
 from rlhf_dist.workers.sampling import Sampler
 from rlhf_dist.workers.scoring import rows_of_rank, score_rows
 from rlhf_dist.workers.training import Trainer, build_engine, optimizer_steps, prepare_checkpointing, seeded
-from rlhf_dist.workers.weight_sync import checksum, copy_bucket
+from rlhf_dist.workers.weight_sync import checksum, copy_weights
 
 
 class PolicyWorker:
@@ -54,18 +54,16 @@ class PolicyWorker:
         self._rank, self._section = rank, section
         self._tokenizer = load_tokenizer(section.model, trust_remote_code=section.trust_remote_code)
         self._stop_tokens = stop_tokens(section.model, self._tokenizer, trust_remote_code=section.trust_remote_code)
-        model: nn.Module = load_causal_lm(section, section.model)
-        if section.lora is not None:
-            model = add_adapter(model, section.lora, config.run.seed)
-        prepare_checkpointing(model, section)
-        options = HeadOptions(config.rollout.temperature, entropy_grad=config.algorithm.entropy_coef > 0)
-        self._engine = build_engine(PolicyModule(model, options), section, rank, Training(section.optim, optimizer_steps(config)))
+        training = Training(section.optim, optimizer_steps(config, idle=config.value.warmup_steps if config.needs_value else 0))
+        self._engine = build_engine(_module(config), section, rank, training)
         self._copy = load_causal_lm(section, section.model).to(rank.device) if self._engine.stage == 3 else None
-        self._sampler = Sampler(self._copy or self._engine.module.model, self._tokenizer, config.rollout, self._stop_tokens, config.run.seed)
+        sampled = self._engine.module.model if self._copy is None else self._copy
+        self._sampler = Sampler(sampled, self._tokenizer, config.rollout, self._stop_tokens, config.run.seed)
         self._trainer = Trainer(self._engine, PolicyObjective(config.algorithm), whitens=config.algorithm.whiten_advantages)
         self._estimator = Estimator(config.algorithm, config.rollout.samples_per_prompt)
         self._train_prompts = PromptStream(config.data, self._tokenizer, split="train", seed=config.run.seed)
-        self._eval_prompts = _held_out(config, self._tokenizer)
+        self._cuts_prompts = config.data.overlong != "error"
+        self._eval_prompts, self._eval_fates = _held_out(config, self._tokenizer)
         self._step_start, self._step_prompts = -1, list[PromptRecord]()
         self._version = -1
 
@@ -78,7 +76,7 @@ class PolicyWorker:
             "stop_tokens": list(self._stop_tokens),
             "held_out_prompts": len(self._eval_prompts),
             "device": self._rank.device,
-        }
+        } | self._eval_fates
 
     def generate(self, request: GenerateRequest) -> Stored[ExperienceBatch, RolloutInfo]:
         """Samples a shard of prompts.
@@ -95,7 +93,11 @@ class PolicyWorker:
         read = self._read_eval if request.stream == "eval" else self._read_train
         prompts = read(request.step_start, request.start - request.step_start + request.count)
         ahead = request.start - request.step_start
-        return self._sampler.sample(request, prompts[:ahead], prompts[ahead:])
+        answer = self._sampler.sample(request, prompts[:ahead], prompts[ahead:])
+        if request.stream == "train" and self._cuts_prompts:
+            answer.info.tally.peak("data/dropped_prompts", self._train_prompts.dropped)
+            answer.info.tally.peak("data/truncated_prompts", self._train_prompts.truncated)
+        return answer
 
     def score(self, shard: ExperienceBatch) -> Stored[Piece, PieceInfo]:
         """Old log-probs by the training forward, of this rank's rows."""
@@ -105,7 +107,9 @@ class PolicyWorker:
         """Log-probs with the adapter off, of this rank's rows."""
         return score_rows(self._engine, shard, {"logprobs_BT": "ref_logprobs_BT"}, self._section.microbatch_tokens, adapter=False)
 
-    def estimate(self, request: EstimateRequest, shard: ExperienceBatch, pieces: Sequence[Piece]) -> Stored[ExperienceBatch, ExperienceInfo]:
+    def estimate(
+        self, request: EstimateRequest, shard: ExperienceBatch, pieces: Sequence[Piece]
+    ) -> Stored[ExperienceBatch, ExperienceInfo]:
         """Advantages and returns of a shard."""
         return self._estimator(request, shard, pieces)
 
@@ -128,13 +132,17 @@ class PolicyWorker:
         return self._trainer.update(request)
 
     def sync_weights(self, version: int) -> int:
-        """Gives the sampler the trainer's weights; returns their checksum."""
-        if self._copy is not None:
-            for bucket in self._engine.export_weights():
-                copy_bucket(self._copy, bucket)
-        model = self._copy if self._copy is not None else self._engine.module.model
+        """Gives the sampler the trainer's weights; returns their checksum.
+
+        Raises:
+            UserError: the sampler's copy does not hold what the trainer sent.
+        """
+        if self._copy is None:
+            held = checksum(self._engine.module.model.named_parameters())
+        else:
+            held = copy_weights(self._copy, self._engine.export_weights())
         self._version = version
-        return checksum(model.named_parameters())
+        return held
 
     def write_rollouts(
         self, path: str, shards: Sequence[ExperienceBatch], pieces: Sequence[Sequence[Piece]], details: Sequence[dict[str, Any]]
@@ -164,7 +172,20 @@ class PolicyWorker:
         return self._eval_prompts[start : start + count]
 
 
-def _held_out(config: PPOConfig, tokenizer: Any) -> list[PromptRecord]:
+def _module(config: PPOConfig) -> PolicyModule:
+    section = config.policy
+    model: nn.Module = load_causal_lm(section, section.model)
+    if section.lora is not None:
+        model = add_adapter(model, section.lora, config.run.seed)
+    options = HeadOptions(config.rollout.temperature, entropy_grad=config.algorithm.entropy_coef > 0)
+    return PolicyModule(prepare_checkpointing(model, section), options)
+
+
+def _held_out(config: PPOConfig, tokenizer: Any) -> tuple[list[PromptRecord], dict[str, int]]:
+    """The held-out prompts, and how many of them were dropped or truncated, where any were."""
     if not config.data.eval and not config.data.eval_fraction:
-        return []
-    return list(PromptStream(config.data, tokenizer, split="eval", seed=config.run.seed, limit=config.evaluation.max_prompts).finite())
+        return [], {}
+    stream = PromptStream(config.data, tokenizer, split="eval", seed=config.run.seed, limit=config.evaluation.max_prompts)
+    prompts = list(stream.finite())
+    fates = {"held_out_dropped": stream.dropped, "held_out_truncated": stream.truncated}
+    return prompts, {name: count for name, count in fates.items() if count}

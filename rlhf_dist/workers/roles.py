@@ -24,7 +24,11 @@ def section_of(config: PPOConfig, role: str) -> EngineSection:
 
 
 def build_worker(role: str, config: PPOConfig, rank: Rank) -> Any:
-    """Loads a role's models on this rank. Imports are late, so that no process imports what it does not host."""
+    """Loads a role's models on this rank. Imports are late, so that no process imports what it does not host.
+
+    Raises:
+        ValueError: no such role.
+    """
     if role == "policy":
         from rlhf_dist.workers.policy import PolicyWorker
 
@@ -37,6 +41,8 @@ def build_worker(role: str, config: PPOConfig, rank: Rank) -> Any:
         from rlhf_dist.workers.value import ValueWorker
 
         return ValueWorker(config, rank)
-    from rlhf_dist.workers.reward import RewardWorker
+    if role == "reward":
+        from rlhf_dist.workers.reward import RewardWorker
 
-    return RewardWorker(config, rank)
+        return RewardWorker(config, rank)
+    raise ValueError(f"there is no role {role!r}: {', '.join(ROLES)}")

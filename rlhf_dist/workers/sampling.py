@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from rlhf_dist.config.rollout import RolloutSection
 from rlhf_dist.contracts.experience import ExperienceBatch, StopReason
 from rlhf_dist.contracts.group import Stored
 from rlhf_dist.contracts.roles import GenerateRequest, RolloutInfo
+from rlhf_dist.contracts.tally import Tally
 from rlhf_dist.data.prompts import PromptRecord
 from rlhf_dist.rollout.native import Completion, NativeEngine, RolloutRow, SamplingKey
 from rlhf_dist.rollout.sampling import SamplingParams
@@ -31,15 +33,19 @@ class Sampler:
         seed: the run's seed.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: RolloutSection, stop_tokens: Sequence[int], seed: int) -> None:
-        self._engine = NativeEngine(model, slots=config.slots, decode=tokenizer.decode)
+    def __init__(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: RolloutSection, stop_tokens: Sequence[int], seed: int
+    ) -> None:
         self._tokenizer, self._seed = tokenizer, seed
+        self._engine = NativeEngine(model, slots=config.slots, decode=self._decode)
         self._stop_strings = tuple(config.stop_strings)
         self._params = SamplingParams(
             config.max_new_tokens, config.temperature, config.top_k, config.top_p, tuple(stop_tokens), self._stop_strings
         )
 
-    def sample(self, request: GenerateRequest, before: Sequence[PromptRecord], prompts: Sequence[PromptRecord]) -> Stored[ExperienceBatch, RolloutInfo]:
+    def sample(
+        self, request: GenerateRequest, before: Sequence[PromptRecord], prompts: Sequence[PromptRecord]
+    ) -> Stored[ExperienceBatch, RolloutInfo]:
         """Samples a shard.
 
         Args:
@@ -54,10 +60,11 @@ class Sampler:
         key = SamplingKey(self._seed, request.stream, request.step if request.stream == "train" else 0)
         completions, tally = self._engine.generate(rows, params, key)
         batch = self._pack(request.version, records, rows, completions)
-        seconds = time.perf_counter() - began
-        return Stored(batch, RolloutInfo(*(_ints(x) for x in _facts(batch)), seconds=seconds, tally=tally))
+        return Stored(batch, _info(batch, time.perf_counter() - began, tally))
 
-    def _pack(self, version: int, records: Sequence[PromptRecord], rows: Sequence[RolloutRow], done: Sequence[Completion]) -> ExperienceBatch:
+    def _pack(
+        self, version: int, records: Sequence[PromptRecord], rows: Sequence[RolloutRow], done: Sequence[Completion]
+    ) -> ExperienceBatch:
         prompt = max((len(row.prompt_tokens) for row in rows), default=0)
         response = max((len(c.tokens) for c in done), default=0)
         lengths_B = torch.tensor([len(c.tokens) for c in done], dtype=torch.long)
@@ -80,13 +87,24 @@ class Sampler:
         )
 
     def _text(self, completion: Completion) -> str:
-        ends = completion.stop_reason == StopReason.STOP_TOKEN
-        tokens = list(completion.tokens[:-1] if ends else completion.tokens)
-        text = str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+        """The completion as rewards and people read it: without the stop token or the stop string, and without special tokens."""
+        tokens = completion.tokens
         if completion.stop_reason == StopReason.STOP_STRING:
-            # A stop string made of special tokens (`<|im_end|>`) went with them, and the text ends where it stood.
-            text = text[: min((at for at in (text.find(s) for s in self._stop_strings) if at >= 0), default=len(text))]
-        return text
+            return self._before_stop_string(tokens)
+        return self._decode(tokens[:-1] if completion.stop_reason == StopReason.STOP_TOKEN else tokens, skip_special_tokens=True)
+
+    def _before_stop_string(self, tokens: Sequence[int]) -> str:
+        """Cuts the text that generation looked at, in which special tokens show: a stop string may consist of them (`<|im_end|>`)."""
+        text = self._decode(tokens)
+        text = text[: min(at for at in (text.find(stop) for stop in self._stop_strings) if at >= 0)]
+        count = len(tokens)
+        while not text.startswith(self._decode(tokens[:count])):
+            count -= 1
+        rest = text[len(self._decode(tokens[:count])) :]  # what the next token says before the stop string begins
+        return self._decode(tokens[:count], skip_special_tokens=True) + rest
+
+    def _decode(self, tokens: Sequence[int], skip_special_tokens: bool = False) -> str:
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens))
 
 
 def _rows(before: Sequence[PromptRecord], prompts: Sequence[PromptRecord], samples: int) -> tuple[list[PromptRecord], list[RolloutRow]]:
@@ -101,9 +119,7 @@ def _rows(before: Sequence[PromptRecord], prompts: Sequence[PromptRecord], sampl
 
 
 def _shortened(params: SamplingParams, max_new_tokens: int) -> SamplingParams:
-    return SamplingParams(
-        min(params.max_new_tokens, max_new_tokens), params.temperature, params.top_k, params.top_p, params.stop_tokens, params.stop_strings
-    )
+    return dataclasses.replace(params, max_new_tokens=min(params.max_new_tokens, max_new_tokens))
 
 
 def _columns(records: Sequence[PromptRecord]) -> dict[str, tuple[Any, ...]]:
@@ -115,9 +131,17 @@ def _matrix(rows: list[tuple[Any, ...]], width: int, dtype: torch.dtype) -> torc
     return torch.tensor(rows, dtype=dtype).reshape(len(rows), width)
 
 
-def _facts(batch: ExperienceBatch) -> list[torch.Tensor]:
-    lengths = [batch.prompt_lengths_B, batch.response_lengths_B]
-    return [batch.prompt_id_B, batch.sample_index_B, *lengths, batch.stop_reason_B, batch.policy_version_B]
+def _info(batch: ExperienceBatch, seconds: float, tally: Tally) -> RolloutInfo:
+    return RolloutInfo(
+        prompt_ids=_ints(batch.prompt_id_B),
+        sample_indices=_ints(batch.sample_index_B),
+        prompt_lengths=_ints(batch.prompt_lengths_B),
+        response_lengths=_ints(batch.response_lengths_B),
+        stop_reasons=_ints(batch.stop_reason_B),
+        versions=_ints(batch.policy_version_B),
+        seconds=seconds,
+        tally=tally,
+    )
 
 
 def _ints(tensor: torch.Tensor) -> tuple[int, ...]:

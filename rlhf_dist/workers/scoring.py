@@ -21,9 +21,7 @@ def rows_of_rank(rows: int, rank: int, world_size: int) -> tuple[int, ...]:
     return tuple(range(rank, rows, world_size))
 
 
-def score_rows(
-    engine: Engine, shard: ExperienceBatch, names: Mapping[str, str], budget: int, **options: Any
-) -> Stored[Piece, PieceInfo]:
+def score_rows(engine: Engine, shard: ExperienceBatch, names: Mapping[str, str], budget: int, **options: Any) -> Stored[Piece, PieceInfo]:
     """Forwards this rank's rows of a shard. Collective.
 
     Args:

@@ -59,17 +59,15 @@ def build_engine(module: Any, section: EngineSection, rank: Rank, training: Trai
     return DeepSpeedEngine(module, config, rank, training)
 
 
-def optimizer_steps(config: PPOConfig) -> int:
-    """Optimizer steps of the whole run: what the learning-rate schedule spans."""
-    return config.run.steps * config.algorithm.epochs * config.algorithm.minibatches
+def optimizer_steps(config: PPOConfig, idle: int = 0) -> int:
+    """Optimizer steps of the whole run: what the learning-rate schedule spans. idle: PPO steps at the start in which the model rests."""
+    return max(config.run.steps - idle, 1) * config.algorithm.epochs * config.algorithm.minibatches
 
 
 def prepare_checkpointing(model: Any, section: PolicySection | ValueSection) -> Any:
     """Switches activation recomputation on where the section asks for it (dropout is 0, so training mode samples nothing)."""
     if section.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if hasattr(model, "enable_input_require_grads"):
-            model.enable_input_require_grads()
     return model
 
 

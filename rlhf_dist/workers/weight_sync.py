@@ -8,35 +8,63 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_dist.config.errors import UserError
+from rlhf_dist.models.lora import named_weights
 
 MODULUS = 2**61 - 1
+PERIOD = 65521
+CHUNK = 64 * PERIOD
+"""Numbers looked at side by side: bounds the memory that a checksum needs. A multiple of the period of the factors."""
+
+_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def checksum(weights: Iterable[tuple[str, Tensor]]) -> int:
-    """A sum over all weights' bits, keyed by name: exact, and independent of the order and of how buckets were cut."""
-    total = 0
-    for name, tensor in weights:
-        bits = tensor.detach().contiguous().view(-1).view(_INTEGER[tensor.element_size()])
-        weighted = (bits.long() * (torch.arange(bits.numel(), device=bits.device) % 65521 + 1)).sum()
-        total = (total + (int(weighted.item()) % MODULUS) * (_name_key(name))) % MODULUS
-    return total
+    """A sum over all weights' bits, keyed by name and place: exact, and independent of the order and of how buckets were cut.
+
+    The checksum of all weights is the sum of the checksums of parts, modulo `MODULUS`.
+    """
+    return sum(_bits_sum(tensor) * _name_key(name) for name, tensor in weights) % MODULUS
 
 
-def copy_bucket(target: nn.Module, bucket: Mapping[str, Tensor]) -> None:
-    """Writes a bucket of exported weights into a plain Hugging Face model.
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of a plain Hugging Face model under the names of its export; not copies. Not for a model that ZeRO 3 has sharded."""
+    return {name: weight() for name, _, weight in named_weights(model)}
+
+
+def copy_weights(target: nn.Module, buckets: Iterable[Mapping[str, Tensor]]) -> int:
+    """Writes exported weights into a plain Hugging Face model, bucket by bucket; returns their checksum.
 
     Raises:
-        UserError: the model has no parameter of such a name.
+        UserError: the model has no weight of such a name, or it does not hold what was sent: a weight did not come.
     """
-    parameters = dict(target.named_parameters())
+    weights, sent = weights_of(target), 0
     with torch.no_grad():
-        for name, weight in bucket.items():
-            if name not in parameters:
-                raise UserError(f"the sampler's model has no weight called {name}", where="weight sync", fix="trainer and sampler must load the same architecture")
-            parameters[name].copy_(weight)
+        for bucket in buckets:
+            for name, weight in bucket.items():
+                if name not in weights:
+                    raise _mismatch(f"has no weight called {name}")
+                weights[name].copy_(weight)
+            sent += checksum(bucket.items())
+    held = checksum(weights.items())
+    if held != sent % MODULUS:
+        raise _mismatch("does not hold what the trainer sent")
+    return held
 
 
-_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+def _mismatch(what: str) -> UserError:
+    fix = "trainer and sampler must load the same architecture in the same precision"
+    return UserError(f"the sampler's model {what}", where="weight sync", fix=fix)
+
+
+def _bits_sum(tensor: Tensor) -> int:
+    """Σ bits · factor in wrapping 64-bit arithmetic. Factors are below 2¹⁶ and the bits below 2³², so no change of one number is lost."""
+    bits = tensor.detach().contiguous().view(-1).view(_INTEGER[tensor.element_size()])
+    factors = torch.arange(min(bits.numel(), CHUNK), device=bits.device) % PERIOD + 1
+    total = torch.zeros((), dtype=torch.long, device=bits.device)
+    for start in range(0, bits.numel(), CHUNK):
+        part = bits[start : start + CHUNK]
+        total += (part.long() * factors[: part.numel()]).sum()
+    return int(total.item()) % MODULUS
 
 
 def _name_key(name: str) -> int:

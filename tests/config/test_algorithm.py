@@ -33,6 +33,13 @@ def test_bootstrapping_needs_a_value_model(estimator):
     assert AlgorithmSection(estimator="gae", truncated="bootstrap").truncated == "bootstrap"
 
 
+@pytest.mark.parametrize("estimator", ["reinforce", "rloo", "grpo"])
+def test_whitened_rewards_need_token_rewards(estimator):
+    with pytest.raises(ValidationError, match="whiten_rewards scales the token rewards of estimator: gae"):
+        AlgorithmSection(estimator=estimator, whiten_rewards=True)
+    assert AlgorithmSection(whiten_rewards=True).whiten_rewards
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -9,7 +9,7 @@ import torch
 
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.contracts.experience import ExperienceBatch, StopReason
-from rlhf_dist.evaluation.held_out import HeldOutSamples, samples_from_rollouts, summarise
+from rlhf_dist.evaluation.held_out import HeldOutSamples, paired_differences, samples_from_rollouts, summarise
 from rlhf_dist.runs.rollout_log import read_rollouts, write_rollouts
 
 STOP, CUT = StopReason.STOP_TOKEN, StopReason.LENGTH
@@ -93,3 +93,18 @@ def test_a_rollout_file_gives_the_same_result(tmp_path: Path, with_reference: bo
     found = summarise(samples_from_rollouts(read_rollouts(tmp_path / "a.parquet"))).metrics()
     expected = SAMPLES if with_reference else dataclasses.replace(SAMPLES, kl=None)
     assert found == pytest.approx(summarise(expected).metrics(), rel=1e-6)
+
+
+def test_paired_differences_by_hand() -> None:
+    after = dataclasses.replace(SAMPLES, scores=[1.0, 1.0, None, 5.0], rewards={"joy": [0.0, 2.0, 1.0, None]}, kl=[2.0, 2.0, 2.0, 2.0])
+    differences = paired_differences(SAMPLES, after)
+    assert set(differences) == {"score", "rewards/joy", "kl", "length", "stop_rate"}  # "never" has no pair
+    assert differences["score"].mean == 0.5 and differences["score"].n == 2  # the third sample lost its score, the fourth had none
+    assert differences["rewards/joy"].mean == 0.0
+    assert differences["kl"].mean == pytest.approx(((1 + -1) / 2 + -2 + -4) / 3)
+    assert (differences["length"].mean, differences["length"].low) == (0.0, 0.0)
+
+
+def test_unlike_samples_are_not_paired() -> None:
+    with pytest.raises(ValueError, match="same prompts"):
+        paired_differences(SAMPLES, dataclasses.replace(SAMPLES, prompt_ids=[1, 2, 2, 3]))

@@ -80,3 +80,21 @@ def test_open_takes_run_folders_only(tmp_path: Path) -> None:
     assert RunFolder.open(folder.root) == folder
     with pytest.raises(UserError, match="not a run folder"):
         RunFolder.open(tmp_path)
+
+
+def test_a_run_that_recorded_no_metric_is_cleared(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path, "a")
+    folder.write_config("run: {}")
+    folder.metrics.touch()
+    folder.evaluation_path(0).write_text("samples")
+    assert folder.clear_unused()
+    assert folder.root.is_dir() and list(folder.root.iterdir()) == []
+    assert not folder.clear_unused()  # no longer a run folder
+    RunFolder.create(tmp_path, "a")
+
+
+def test_a_run_that_recorded_something_is_never_cleared(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path, "a")
+    folder.metrics.write_text('{"step": 0}\n')
+    assert not folder.clear_unused()
+    assert folder.metrics.is_file()
