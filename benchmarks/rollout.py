@@ -9,7 +9,7 @@ Repeats alternate between the two, after one untimed round of each; the table sh
 The engine's log-probs are then held against a plain forward of each finished sequence.
 
     python benchmarks/rollout.py --model path/to/model --batch 64
-    python benchmarks/rollout.py --hidden 512 --layers 6      # random weights, about 40M parameters
+    python benchmarks/rollout.py --hidden 512 --layers 6      # random weights, 51M parameters
 """
 
 from __future__ import annotations

@@ -152,7 +152,12 @@ def _run_ranks(script: Path, world_size: int, *arguments: str, timeout: float = 
     """Runs a script as the ranks of one process group (RANK, WORLD_SIZE, MASTER_* set) and returns what each printed last, as JSON."""
     from rlhf_dist.engines.process import free_port
 
-    common = os.environ | {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "PYTHONPATH": str(ROOT)}
+    common = os.environ | {
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "PYTHONPATH": str(ROOT),
+    }
     ranks = [
         subprocess.Popen(
             [sys.executable, str(script), *arguments],

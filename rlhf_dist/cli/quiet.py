@@ -7,7 +7,7 @@ import os
 
 
 def quiet_libraries() -> None:
-    """Leaves errors only; a report of newly made value heads, for one, is none. TRANSFORMERS_VERBOSITY brings back what transformers says."""
+    """Leaves errors only; that a value head starts anew, for one, is none. TRANSFORMERS_VERBOSITY brings back what transformers says."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it says what a CPU lacks
     if "TRANSFORMERS_VERBOSITY" in os.environ:
         return

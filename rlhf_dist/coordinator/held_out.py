@@ -1,21 +1,46 @@
-"""Held-out evaluation: the same prompts and the same random numbers every time, scored without learning anything."""
+"""Held-out evaluation: the same prompts, the same random numbers and the same yardstick every time; nothing is learnt from it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from rlhf_dist.config.rewards import RewardSection
 from rlhf_dist.contracts.roles import PolicyRole
-from rlhf_dist.coordinator.judging import judge
-from rlhf_dist.coordinator.shards import Batch, Groups, collect_rollouts, collect_scores, generate, score
+from rlhf_dist.coordinator.judging import Judged, judge
+from rlhf_dist.coordinator.shards import Batch, Groups, Shard, collect_rollouts, collect_scores, generate, score
 from rlhf_dist.evaluation.held_out import EvaluationResult, HeldOutSamples, paired_differences, summarise
 from rlhf_dist.rewards.mixture import RewardMixer
 from rlhf_dist.runs.summary import HeldOut
 
 
-def evaluate(groups: Groups, mixer: RewardMixer, batch: Batch, version: int, path: str) -> HeldOutSamples:
+class Yardstick:
+    """Mixes held-out rewards the same way in every evaluation.
+
+    Training normalises a reward by moments that move on; held-out scores of two evaluations would then not compare. Here the moments are
+    those of the first evaluation, for the whole run.
+
+    Args:
+        section: the `reward` section.
+        max_new_tokens: the length limit.
+    """
+
+    def __init__(self, section: RewardSection, max_new_tokens: int) -> None:
+        self._mixer = RewardMixer(section, max_new_tokens)
+        self._fixed = False
+
+    def judge(self, shards: Sequence[Shard], group_size: int) -> Judged:
+        """Scores of all held-out rows (see `judging.judge`)."""
+        judged = judge(self._mixer, shards, group_size, update=not self._fixed)
+        self._fixed = True
+        return judged
+
+
+def evaluate(groups: Groups, yardstick: Yardstick, batch: Batch, version: int, path: str) -> HeldOutSamples:
     """Samples the held-out prompts, scores them, writes them to `path`.
 
     Args:
         groups: the run's workers.
-        mixer: its moments are used, not updated.
+        yardstick: makes one score of the rewards.
         batch: all held-out prompts.
         version: of the policy that is evaluated.
         path: Parquet file, written by the policy's rank 0.
@@ -24,7 +49,7 @@ def evaluate(groups: Groups, mixer: RewardMixer, batch: Batch, version: int, pat
     score(groups, shards, with_value=False)
     collect_rollouts(groups.policy, shards)
     collect_scores(groups, shards)
-    judged = judge(mixer, shards, batch.samples, update=False)
+    judged = yardstick.judge(shards, batch.samples)
     details = [judged.of(shards, index).details() for index in range(len(shards))]
     given = (path, [shard.rollouts for shard in shards], [shard.pieces for shard in shards], details)
     written = groups.policy.collect(groups.policy.submit(PolicyRole.write_rollouts, [given] * groups.policy.world_size))[0]

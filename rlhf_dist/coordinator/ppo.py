@@ -20,7 +20,7 @@ from rlhf_dist.contracts.roles import PolicyRole
 from rlhf_dist.coordinator.checkpoint import checkpoint, export
 from rlhf_dist.coordinator.clock import Clock
 from rlhf_dist.coordinator.experience import Coefficients, Experience, estimate
-from rlhf_dist.coordinator.held_out import HeldOutRecord, evaluate
+from rlhf_dist.coordinator.held_out import HeldOutRecord, Yardstick, evaluate
 from rlhf_dist.coordinator.judging import Judged, judge
 from rlhf_dist.coordinator.outcome import StepOutcome
 from rlhf_dist.coordinator.preflight import check_first_minibatch, preflight
@@ -53,6 +53,7 @@ class PPOCoordinator:
         self.state = RunState(kl_coef=config.algorithm.kl.coef)
         self.mixer = RewardMixer(config.reward, config.rollout.max_new_tokens)
         self.updater = Updater(config, groups)
+        self.yardstick = Yardstick(config.reward, config.rollout.max_new_tokens)
         self.held_out = HeldOutRecord()
         self.clock, self.evaluation_clock = Clock(), Clock()
         self.last_kl: float | None = None
@@ -166,7 +167,7 @@ class PPOCoordinator:
             return {}
         batch = Batch("eval", step, 0, self._held_out_prompts, self.config.evaluation.samples_per_prompt)
         with self._phase(self.evaluation_clock, step, "evaluate"):
-            samples = evaluate(self.groups, self.mixer, batch, self.state.policy_version, self.recorder.evaluation_path(step))
+            samples = evaluate(self.groups, self.yardstick, batch, self.state.policy_version, self.recorder.evaluation_path(step))
         self.evaluation_clock.tokens += sum(samples.lengths)
         result = self.held_out.add(samples)
         self.state.record_evaluation(result.score.mean, step)

@@ -21,7 +21,7 @@ from rlhf_dist.data.shuffle import shuffled
 
 Split = Literal["train", "eval"]
 
-CHECK_ROWS = 64
+CHECK_ROWS = 2048
 SEARCH_ROWS = 10_000
 
 

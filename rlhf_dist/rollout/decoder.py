@@ -21,8 +21,9 @@ SPAN_STEP = 16
 """Attention spans are rounded up to a multiple of this. A row's result is then the same to the last bit whatever the other rows' lengths
 are (masked positions fill whole vector registers with zeros), and GPU kernels get the aligned masks they want."""
 ROW_STEP = 8
-"""A step computes a multiple of this many rows, idle ones if need be. On CPU a row's result is then the same to the last bit whatever the
-number of rows: very few rows would take other matrix kernels, and an odd number of elements ends in scalar code that rounds differently."""
+"""A step computes a multiple of this many rows, idle ones if need be. On one CPU thread a row's result is then the same to the last bit
+whatever the number of rows (several threads may still split a product differently): very few rows would take other matrix kernels, and an
+odd number of elements ends in scalar code that rounds differently."""
 
 
 class SlotDecoder:

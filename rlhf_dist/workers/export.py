@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from rlhf_dist.contracts.engine import Engine
 
@@ -26,9 +26,21 @@ def export_model(engine: Engine, model: Any, tokenizer: PreTrainedTokenizerBase,
             weights |= {name: weight.cpu().contiguous() for name, weight in bucket.items()}
     if engine.rank != 0:
         return
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     Path(folder).mkdir(parents=True, exist_ok=True)
-    used, plain.config.use_cache = plain.config.use_cache, True
-    plain.save_pretrained(folder, state_dict=weights)
-    plain.config.use_cache = used
+    _save(model.get_base_model() if hasattr(model, "get_base_model") else model, weights, Path(folder))
     tokenizer.save_pretrained(folder)
+
+
+def _save(model: Any, weights: dict[str, Tensor], folder: Path) -> None:
+    """Writes the model with its key/value cache on again, and its generation settings as they came.
+
+    Published models name a temperature without do_sample; transformers reads that, and refuses to write it.
+    """
+    generation, cache = getattr(model, "generation_config", None), model.config.use_cache
+    model.generation_config, model.config.use_cache = GenerationConfig(), True
+    try:
+        model.save_pretrained(folder, state_dict=weights)
+    finally:
+        model.generation_config, model.config.use_cache = generation, cache
+    if generation is not None and model.can_generate():
+        generation.to_json_file(folder / "generation_config.json")

@@ -26,7 +26,7 @@ def verb(monkeypatch: pytest.MonkeyPatch) -> Any:
         app = typer.Typer(pretty_exceptions_enable=False)
 
         @app.command("go")
-        def go(words: list[str] = typer.Argument(default=[])) -> None:  # noqa: B006, B008
+        def go(words: list[str] = typer.Argument(default=[])) -> None:  # noqa: B008
             if error is not None:
                 raise error
             print("went", *words)
@@ -89,7 +89,8 @@ def test_a_wrong_command_line_is_status_2(arguments: list[str], capsys: pytest.C
         entry.main(arguments)
     assert ended.value.code == 2
     shown = capsys.readouterr()
-    assert "Usage" in shown.out + shown.err and "Traceback" not in shown.err
+    assert "Usage" in shown.out + shown.err or "requires an arg" in shown.err
+    assert "Traceback" not in shown.err
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,7 +104,9 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 def command_line(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment |= {"PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, "-m", "rlhf_dist.cli.main", *arguments], env=environment, cwd=folder, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "rlhf_dist.cli.main", *arguments], env=environment, cwd=folder, capture_output=True, text=True
+    )
 
 
 def test_a_typo_costs_a_second_in_a_real_process(ppo_values: dict[str, Any], tmp_path: Path) -> None:

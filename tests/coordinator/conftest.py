@@ -66,7 +66,9 @@ def sampled_shard() -> Callable[..., Shard]:
     def shard(lengths: Sequence[int], reasons: Sequence[int] | None = None, tally: Tally | None = None) -> Shard:
         rows = len(lengths)
         numbers = tuple(range(rows))
-        info = RolloutInfo(numbers, (0,) * rows, (3,) * rows, tuple(lengths), tuple(reasons or (0,) * rows), (0,) * rows, 0.0, tally or Tally())
+        info = RolloutInfo(
+            numbers, (0,) * rows, (3,) * rows, tuple(lengths), tuple(reasons or (0,) * rows), (0,) * rows, 0.0, tally or Tally()
+        )
         return Shard(LocalHandle("rollouts", info), info=info)
 
     return shard

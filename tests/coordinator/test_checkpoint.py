@@ -32,7 +32,12 @@ def groups_of(local_group: Any, *, value: bool) -> tuple[Groups, list[Any]]:
 def test_policy_and_value_are_written_by_all_their_ranks(local_group: Any, tmp_path: Path) -> None:
     groups, calls = groups_of(local_group, value=True)
     export(groups, lambda role: str(tmp_path / role))
-    assert [(name, rank) for name, rank, _ in calls] == [("policy.export", 0), ("policy.export", 1), ("value.export", 0), ("value.export", 1)]
+    assert [(name, rank) for name, rank, _ in calls] == [
+        ("policy.export", 0),
+        ("policy.export", 1),
+        ("value.export", 0),
+        ("value.export", 1),
+    ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["policy", "value"]
 
 

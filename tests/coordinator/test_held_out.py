@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -10,10 +10,9 @@ from rlhf_dist.contracts.experience import StopReason
 from rlhf_dist.contracts.group import Stored
 from rlhf_dist.contracts.reward import RewardResult
 from rlhf_dist.contracts.roles import GenerateRequest, PieceInfo, RolloutInfo, ScoreInfo, WrittenInfo
-from rlhf_dist.coordinator.held_out import HeldOutRecord, evaluate
-from rlhf_dist.coordinator.shards import Batch, Groups
+from rlhf_dist.coordinator.held_out import HeldOutRecord, Yardstick, evaluate
+from rlhf_dist.coordinator.shards import Batch, Groups, Shard
 from rlhf_dist.evaluation.held_out import HeldOutSamples
-from rlhf_dist.rewards.mixture import RewardMixer
 
 
 class Policy:
@@ -45,30 +44,48 @@ class Reward:
         return ScoreInfo(tuple(range(len(shard))), (RewardResult("r", tuple(None if row == 1 else 10.0 * row for row in shard)),), 0.0)
 
 
-def evaluated(local_group: Any) -> tuple[HeldOutSamples, Any, RewardMixer]:
+def evaluated(local_group: Any) -> tuple[HeldOutSamples, Any]:
     policy = local_group("policy", [Policy(0), Policy(1)])
     groups = Groups(policy, local_group("reward", [Reward()]))
     policy.workers[0].reference_score = policy.workers[1].reference_score = policy.workers[0].score
-    section = RewardSection.model_validate({"sources": [{"name": "r", "kind": "function", "path": "m:r", "normalise": "standardise"}]})
-    mixer = RewardMixer(section, 8)
-    return evaluate(groups, mixer, Batch("eval", 5, 0, 3, 2), 7, "file.parquet"), policy, mixer
+    return evaluate(groups, yardstick("none"), Batch("eval", 5, 0, 3, 2), 7, "file.parquet"), policy
+
+
+def yardstick(normalise: str) -> Yardstick:
+    sources = [{"name": "r", "kind": "function", "path": "m:r", "normalise": normalise}]
+    return Yardstick(RewardSection.model_validate({"sources": sources}), 8)
 
 
 def test_all_ranks_samples_in_order_with_the_dropped_ones_unscored(local_group: Any) -> None:
-    samples, _, mixer = evaluated(local_group)
+    samples, _ = evaluated(local_group)
     assert list(samples.prompt_ids) == [0, 0, 1, 1, 2, 2]
     assert list(samples.scores) == [0.0, 0.0, None, None, 20.0, 20.0]
     assert list(samples.rewards["r"]) == [0.0, 0.0, None, None, 20.0, 20.0]
     assert list(samples.lengths) == [1, 1, 2, 2, 3, 3]
     assert list(samples.kl or []) == [0.0, 0.0, 1.0, 1.0, 2.0, 2.0]
-    assert mixer.state_dict()["r"]["count"] == 0  # held-out samples teach the normaliser nothing
 
 
 def test_every_sample_is_written_with_its_fate(local_group: Any) -> None:
-    _, policy, _ = evaluated(local_group)
+    _, policy = evaluated(local_group)
     path, shards, _, details = policy.workers[0].written[0]
     assert (path, shards) == ("file.parquet", [[0, 0], [1, 1, 2, 2]])
     assert [row for part in details for row in part["kept"]] == [True, True, False, False, True, True]
+
+
+def test_normalised_scores_compare_over_the_whole_run(sampled_shard: Callable[..., Shard]) -> None:
+    """Moments that move on would give the second evaluation, twice as good, the scores of the first."""
+
+    def shard(values: tuple[float, ...]) -> Shard:
+        judged = sampled_shard([1] * len(values))
+        judged.scores.append(ScoreInfo(tuple(range(len(values))), (RewardResult("r", values),), 0.0))
+        return judged
+
+    standard = yardstick("standardise")
+    assert standard.judge([shard((1.0, 2.0, 3.0))], 1).scores == (-1.0, 0.0, 1.0)
+    assert standard.judge([shard((2.0, 4.0, 6.0))], 1).scores == (0.0, 2.0, 4.0)
+    scaled = yardstick("scale")
+    assert scaled.judge([shard((1.0, 2.0, 3.0))], 1).scores == (1.0, 2.0, 3.0)
+    assert scaled.judge([shard((10.0, 20.0, 30.0))], 1).scores == (10.0, 20.0, 30.0)
 
 
 def samples(scores: list[float | None]) -> HeldOutSamples:

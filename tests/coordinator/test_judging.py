@@ -70,7 +70,9 @@ def test_a_group_with_an_unjudged_sample_is_dropped_whole_and_shown(sampled_shar
 
 
 def test_length_control_sees_the_shards_lengths_and_stop_reasons(sampled_shard: Callable[..., Shard]) -> None:
-    section = RewardSection.model_validate(SECTION | {"missing_stop": {"rule": "subtract", "value": 2.0}, "minimum_length": {"tokens": 3, "penalty": 4.0}})
+    section = RewardSection.model_validate(
+        SECTION | {"missing_stop": {"rule": "subtract", "value": 2.0}, "minimum_length": {"tokens": 3, "penalty": 4.0}}
+    )
     shards = [
         judged_by(sampled_shard([9], [StopReason.LENGTH]), 1, a=[1.0], b=[0.0]),
         judged_by(sampled_shard([2, 5]), 1, a=[1.0, 1.0], b=[0.0, 0.0]),

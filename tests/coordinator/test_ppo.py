@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -170,7 +171,9 @@ def test_checkpoints_hold_loadable_models_and_the_state(base: Path) -> None:
     last = kept[-1].folder
     assert moved(weights(kept[0].folder / "policy"), weights(last / "policy"))
     assert not moved(weights(last / "policy"), weights(base / "export" / "policy"))
-    assert not moved(weights(last / "value", AutoModelForSequenceClassification), weights(base / "export" / "value", AutoModelForSequenceClassification))
+    assert not moved(
+        weights(last / "value", AutoModelForSequenceClassification), weights(base / "export" / "value", AutoModelForSequenceClassification)
+    )
 
 
 def test_the_export_loads_with_no_help_and_has_learnt(base: Path, tiny_model: Path) -> None:
@@ -237,7 +240,9 @@ def test_how_it_is_cut_changes_nothing(base: Path, run: Callable[..., Path]) -> 
 
 
 @pytest.mark.parametrize("estimator", ["gae", "reinforce", "rloo", "grpo"])
-def test_estimators_start_what_they_need(run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tiny_model: Path, estimator: str) -> None:
+def test_estimators_start_what_they_need(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tiny_model: Path, estimator: str
+) -> None:
     from rlhf_dist.cli import spmd_launch
 
     started: list[str] = []
@@ -282,6 +287,21 @@ def test_rewards_add_up_by_weight(run: Callable[..., Path], values_in: Callable[
     line = numbers(root)[1]
     assert line["rewards/taste_truncated"] == 0.0
     assert set(summary_of(root)["held_out"]["after"]["rewards"]) == {"even", "taste"}
+
+
+def test_normalised_rewards_leave_the_raw_ones_and_the_held_out_yardstick(
+    run: Callable[..., Path], values_in: Callable[..., Values]
+) -> None:
+    source = values_in()["reward"]["sources"][0]
+    root = run(reward={"sources": [source | {"normalise": "standardise"}]}, evaluation={"samples_per_prompt": 3}, checkpoint={"every": 1})
+    raw = [row["reward/even"] for row in samples(root, 1)]
+    mean, deviation = sum(raw) / 16, statistics.stdev(raw)
+    assert [row["score"] for row in samples(root, 1)] == pytest.approx([(x - mean) / deviation for x in raw])
+    assert CheckpointStore(root / "checkpoints").all()[-1].state["reward_mixer"]["even"]["count"] == 32  # training samples alone
+    before = [row["reward/even"] for row in samples(root, 0, "evaluation")]
+    after = samples(root, 2, "evaluation")
+    mean, deviation = sum(before) / len(before), statistics.stdev(before)
+    assert [row["score"] for row in after] == pytest.approx([(row["reward/even"] - mean) / deviation for row in after])
 
 
 def test_whitened_rewards_do_not_depend_on_shards(run: Callable[..., Path]) -> None:
@@ -403,7 +423,9 @@ def test_a_missing_stop_may_replace_the_score(run: Callable[..., Path], values_i
         assert row["score"] == (-1.0 if row["stop_reason"] == "length" else row["reward/even"])
 
 
-def test_filtered_sampling_is_said_once_and_its_mass_logged(run: Callable[..., Path], base: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_filtered_sampling_is_said_once_and_its_mass_logged(
+    run: Callable[..., Path], base: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     root = run(rollout={"top_p": 0.5, "top_k": 20})
     assert capfd.readouterr().out.count(FILTERED) == 1
     for line in numbers(root)[1:]:
@@ -414,12 +436,12 @@ def test_filtered_sampling_is_said_once_and_its_mass_logged(run: Callable[..., P
 # --- rewards that abstain
 
 
-ABSTAINS = '''
+ABSTAINS = """
 def reward(prompts, completions, answer):
     return [None if a in ("w0", "w1", "w2", "w9") else float(len(c.split())) for a, c in zip(answer, completions)]
 def never(prompts, completions):
     return [None for _ in completions]
-'''
+"""
 
 
 def test_dropped_groups_are_counted_and_shown(run: Callable[..., Path], tmp_path: Path) -> None:
@@ -477,7 +499,9 @@ def test_ranks_that_drift_apart_stop_the_run(local_group: Any, ppo_values: Value
     assert [event.method for event in reporter.drain(0)] == ["started"]
 
 
-def test_a_ratio_off_one_stops_the_run(run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_ratio_off_one_stops_the_run(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """A trainer whose gradient forward is not its scoring forward, as with dropout on in training only."""
     from rlhf_dist.algos import objectives
 

@@ -11,7 +11,13 @@ from rlhf_dist.coordinator.schedule import assign, balance, minibatch_rows
 lengths_of_rows = st.lists(st.integers(1, 200), min_size=1, max_size=40)
 
 
-@given(rows=st.integers(1, 60), epochs=st.integers(1, 4), minibatches=st.integers(1, 8), seed=st.integers(0, 2**63 - 1), step=st.integers(0, 10**6))
+@given(
+    rows=st.integers(1, 60),
+    epochs=st.integers(1, 4),
+    minibatches=st.integers(1, 8),
+    seed=st.integers(0, 2**63 - 1),
+    step=st.integers(0, 10**6),
+)
 def test_every_epoch_holds_every_row_once_in_even_minibatches(rows: int, epochs: int, minibatches: int, seed: int, step: int) -> None:
     minibatches = min(minibatches, rows)
     plan = minibatch_rows(rows, epochs, minibatches, seed, step)
@@ -28,7 +34,9 @@ def test_the_permutation_is_fresh_in_each_epoch_and_step_and_fixed_by_the_seed()
     assert len(set(orders)) == 9
     assert minibatch_rows(32, 3, 4, seed=5, step=1) == minibatch_rows(32, 3, 4, seed=5, step=1)
     assert minibatch_rows(32, 3, 4, seed=6, step=1) != minibatch_rows(32, 3, 4, seed=5, step=1)
-    assert minibatch_rows(32, 1, 4, seed=5, step=1)[0] == minibatch_rows(32, 3, 4, seed=5, step=1)[0]  # epochs do not depend on their number
+    assert (
+        minibatch_rows(32, 1, 4, seed=5, step=1)[0] == minibatch_rows(32, 3, 4, seed=5, step=1)[0]
+    )  # epochs do not depend on their number
 
 
 def test_golden_permutation() -> None:
@@ -42,7 +50,9 @@ def test_fewer_rows_than_minibatches() -> None:
 
 
 @given(lengths=lengths_of_rows, ranks=st.integers(1, 9), budget=st.integers(1, 400), data=st.data())
-def test_each_row_goes_to_one_rank_and_one_microbatch_and_all_ranks_make_as_many(lengths: list[int], ranks: int, budget: int, data: st.DataObject) -> None:
+def test_each_row_goes_to_one_rank_and_one_microbatch_and_all_ranks_make_as_many(
+    lengths: list[int], ranks: int, budget: int, data: st.DataObject
+) -> None:
     rows = data.draw(st.lists(st.sampled_from(range(len(lengths))), unique=True, min_size=1))
     shares = assign(rows, lengths, ranks, budget)
     assert len(shares) == ranks

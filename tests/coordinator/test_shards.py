@@ -79,7 +79,9 @@ def test_all_engines_score_and_the_policy_comes_last(local_group: Any) -> None:
         assert len(shard.judged) == 2
 
 
-@pytest.mark.parametrize(("present", "expected"), [("value", {"value", "reward", "policy"}), ("reference", {"reference", "reward", "policy"})])
+@pytest.mark.parametrize(
+    ("present", "expected"), [("value", {"value", "reward", "policy"}), ("reference", {"reference", "reward", "policy"})]
+)
 def test_engines_that_are_absent_are_not_asked(local_group: Any, present: str, expected: set[str]) -> None:
     groups, calls = groups_of(local_group, reference=present == "reference", value=present == "value")
     shards = generate(groups.policy, Batch("train", 0, 0, 2, 1), 0, 1)

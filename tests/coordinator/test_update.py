@@ -42,7 +42,9 @@ class Trained:
         return UpdateInfo(tally, StepInfo(float("inf") if skips else float(number), lr=1.0 / (1 + number), skipped=skips), 0.0)
 
 
-def updater(local_group: Any, ppo_values: dict[str, Any], ranks: int = 1, skipped: Sequence[int] = (), **algorithm: Any) -> tuple[Updater, Groups, list[Any]]:
+def updater(
+    local_group: Any, ppo_values: dict[str, Any], ranks: int = 1, skipped: Sequence[int] = (), **algorithm: Any
+) -> tuple[Updater, Groups, list[Any]]:
     calls: list[Any] = []
     config = PPOConfig.model_validate(ppo_values | {"algorithm": {"epochs": 3, "minibatches": 2} | algorithm})
     policy = local_group("policy", [Trained("policy", skipped) for _ in range(ranks)], calls)
@@ -62,7 +64,10 @@ def rows_of(requests: Sequence[UpdateRequest]) -> list[int]:
 def test_policy_and_value_take_the_scheduled_minibatches_side_by_side(local_group: Any, ppo_values: dict[str, Any]) -> None:
     update, groups, calls = updater(local_group, ppo_values, ranks=2)
     report = update.update(4, experience())
-    assert [name for name, rank, _ in calls if rank == 0] == ["policy.load_experience", "value.load_experience"] + ["policy.update", "value.update"] * 6
+    assert [name for name, rank, _ in calls if rank == 0] == ["policy.load_experience", "value.load_experience"] + [
+        "policy.update",
+        "value.update",
+    ] * 6
     plan = [rows for epoch in minibatch_rows(8, 3, 2, seed=3, step=4) for rows in epoch]
     for group in (groups.policy, groups.value):
         requests = [worker.requests for worker in group.workers]  # type: ignore[union-attr, attr-defined]
@@ -81,7 +86,9 @@ def test_everyone_trains_on_the_same_experience(local_group: Any, ppo_values: di
 
 
 @pytest.mark.parametrize(("reduction", "expected"), [("token_mean", 16.0), ("sequence_mean", 8.0), ("fixed", 96.0)])
-def test_the_denominator_is_global_and_of_the_reduction(local_group: Any, ppo_values: dict[str, Any], reduction: str, expected: float) -> None:
+def test_the_denominator_is_global_and_of_the_reduction(
+    local_group: Any, ppo_values: dict[str, Any], reduction: str, expected: float
+) -> None:
     update, groups, _ = updater(local_group, ppo_values, ranks=2, minibatches=1, epochs=1, reduction=reduction)
     update.update(0, experience())
     assert [worker.requests[0].denominator for worker in groups.policy.workers] == [expected] * 2  # type: ignore[attr-defined]

@@ -234,7 +234,7 @@ def test_check_counts_the_first_rows_of_every_file(tmp_path: Path, tokenizer: Pr
     counts = check_prompts(section, tokenizer)
     assert time.monotonic() - start < 2
     assert counts["train"].accepted + counts["eval"].accepted == 13  # 0 to 9 and 0 to 2
-    assert counts["train"].dropped + counts["eval"].dropped == 54
+    assert counts["train"].dropped + counts["eval"].dropped == prompts_module.CHECK_ROWS - 10
     assert set(check_prompts(DataSection(train=[big]), tokenizer)) == {"train"}
 
 
@@ -251,7 +251,7 @@ def test_check_raises_before_training(tmp_path: Path, tokenizer: PreTrainedToken
 
 
 def test_check_looks_further_for_a_rare_split(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [{"prompt": "Tom saw 10 dog"}] * 200 + [{"prompt": "Tom"}] + [{"x": 1}]
+    rows = [{"prompt": "Tom saw 10 dog"}] * (prompts_module.CHECK_ROWS + 100) + [{"prompt": "Tom"}] + [{"x": 1}]
     section = DataSection(train=[save(tmp_path / "a.jsonl", rows)], max_prompt_tokens=4, overlong="drop")
     assert check_prompts(section, tokenizer)["train"].accepted == 1
     monkeypatch.setattr(prompts_module, "SEARCH_ROWS", 100)

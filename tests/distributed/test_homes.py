@@ -55,7 +55,7 @@ def runs(
     return {name: root / name for name in ("launched", "plain", "ray")}
 
 
-def compare(one: Path, other: Path, tolerance: float) -> None:
+def assert_same_metrics(one: Path, other: Path, tolerance: float) -> None:
     """Every metric but times, bytes and the (tiny, partition-dependent) preflight gaps."""
     first, second = read_metrics(one / "metrics.jsonl"), read_metrics(other / "metrics.jsonl")
     assert len(first) == len(second) == STEPS + 1
@@ -67,11 +67,11 @@ def compare(one: Path, other: Path, tolerance: float) -> None:
 
 
 def test_ray_and_the_launcher_agree_to_1e_6(runs: dict[str, Path]) -> None:
-    compare(runs["ray"], runs["launched"], 1e-6)
+    assert_same_metrics(runs["ray"], runs["launched"], 1e-6)
 
 
 def test_one_plain_process_agrees_to_1e_4(runs: dict[str, Path]) -> None:
-    compare(runs["ray"], runs["plain"], 1e-4)
+    assert_same_metrics(runs["ray"], runs["plain"], 1e-4)
 
 
 def test_the_same_completions_on_one_and_two_ranks(runs: dict[str, Path]) -> None:

@@ -220,7 +220,12 @@ def test_forward_answers_each_microbatch_in_order_without_gradient(stage: int, o
 @pytest.mark.parametrize("stage", [0, 3])
 def test_an_engine_without_training_settings_says_so(stage: int, engine_of, tmp_path) -> None:
     engine = engine_of(stage)
-    asked = (lambda: engine.forward_backward([batch()], objective, 1.0), engine.optimizer_step, lambda: engine.save(tmp_path), lambda: engine.load(tmp_path))
+    asked = (
+        lambda: engine.forward_backward([batch()], objective, 1.0),
+        engine.optimizer_step,
+        lambda: engine.save(tmp_path),
+        lambda: engine.load(tmp_path),
+    )
     for call in asked:
         with pytest.raises(AssertionError, match="forward only"):
             call()
@@ -299,7 +304,9 @@ def test_an_adapter_trains_alone_and_comes_off_between_steps(stage: int, engine_
     section = LoraSection(r=2, alpha=4.0)
     engine = engine_of(stage, add_adapter(llama(), section, seed=1), optim)
     twin = PolicyModule(add_adapter(llama(), section, seed=1))
-    adamw = torch.optim.AdamW([p for p in twin.parameters() if p.requires_grad], lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=0)
+    adamw = torch.optim.AdamW(
+        [p for p in twin.parameters() if p.requires_grad], lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=0
+    )
     base = PolicyModule(llama())
     want = base(**base.inputs(batch()))["logprobs_BT"]
     for seed in range(3):

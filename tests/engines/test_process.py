@@ -21,13 +21,20 @@ from rlhf_dist.engines.process import (
 
 def test_a_free_port_can_be_listened_on() -> None:
     with socket.socket() as server:
-        server.bind(("127.0.0.1", free_port()))
+        server.bind(("127.0.0.1", port := free_port()))
         server.listen()
+        assert server.getsockname()[1] == port
 
 
 @pytest.mark.parametrize(
     ("variables", "size"),
-    [({}, None), ({"WORLD_SIZE": "2"}, None), ({"RANK": "0"}, None), ({"RANK": "1", "WORLD_SIZE": "2"}, 2), ({"RANK": "0", "WORLD_SIZE": ""}, None)],
+    [
+        ({}, None),
+        ({"WORLD_SIZE": "2"}, None),
+        ({"RANK": "0"}, None),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, 2),
+        ({"RANK": "0", "WORLD_SIZE": ""}, None),
+    ],
 )
 def test_a_launcher_is_known_by_its_variables(variables, size, monkeypatch) -> None:
     for name in LAUNCH_VARIABLES:

@@ -68,7 +68,12 @@ def test_what_fits_is_let_through(wanted, nodes) -> None:
         ([demand(ranks=2, gpus=1, strategy="STRICT_SPREAD")], [BIG, Node(8, 0)], "there are 1", "SPREAD"),
         ([demand(ranks=3, cpus=1.5)], [SMALL, SMALL, Node(0.5, 0)], "only 2 of 3 ranks of policy fit", r"policy\.ranks"),
         ([demand(gpus=1.5)], [BIG], r"a rank cannot have 1\.5 GPUs", "whole number"),
-        ([demand(ranks=3, gpus=0.6)], [Node(8, 2)], r"more than half a GPU need 3 GPUs \(policy 3 × 0\.6\), the cluster has 2", r"0\.5 or less"),
+        (
+            [demand(ranks=3, gpus=0.6)],
+            [Node(8, 2)],
+            r"more than half a GPU need 3 GPUs \(policy 3 × 0\.6\), the cluster has 2",
+            r"0\.5 or less",
+        ),
         ([demand(role, gpus=0.6) for role in ("policy", "value")], [Node(8, 1.5)], "need 2 GPUs", "share a GPU"),
         ([demand(ranks=5, gpus=0.4)], [Node(8, 2)], "only 4 of 5 ranks", r"policy\.ranks"),
     ],

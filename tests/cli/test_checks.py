@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_dist.cli.checks import check_run
+from rlhf_dist.config.errors import UserError
+from rlhf_dist.config.ppo import PPOConfig
+
+
+def check(values: dict[str, Any], **changes: dict[str, Any]) -> dict[str, Any]:
+    return check_run(PPOConfig.model_validate(values | {section: values.get(section, {}) | given for section, given in changes.items()}))
+
+
+def test_facts_of_a_sound_config(ppo_values: dict[str, Any]) -> None:
+    assert check(ppo_values) == {"rewards": "even", "stop tokens": [2], "prompts looked at": {"train": 28, "eval": 12}}
+    assert check(ppo_values, data={"eval_fraction": 0.0})["prompts looked at"] == {"train": 40}
+
+
+def test_no_weights_are_loaded(ppo_values: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:
+    """A folder without weights passes: the check takes seconds, whatever the size of the model."""
+    for file in tiny_model.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    assert check(ppo_values, policy={"model": str(tmp_path)})["stop tokens"] == [2]
+
+
+def test_completions_must_fit_the_context_of_every_model(ppo_values: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:
+    check(ppo_values, rollout={"max_new_tokens": 112})  # 16 + 112 = 128
+    with pytest.raises(
+        UserError, match="up to 16 tokens and completions of up to 113 need 129 positions; the policy model has 128"
+    ) as error:
+        check(ppo_values, rollout={"max_new_tokens": 113})
+    assert error.value.fix == "lower one of them: their sum may be 128 at most"
+    for file in tiny_model.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text()) | {"max_position_embeddings": 20}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for role in ("reference", "value"):
+        with pytest.raises(UserError, match=f"the {role} model has 20"):
+            check(ppo_values, **{role: {"model": str(tmp_path)}})
+
+
+def test_what_is_not_started_is_not_checked(ppo_values: dict[str, Any]) -> None:
+    wrong = {"model": "/nowhere", "deepspeed": "/nowhere.json"}
+    check(ppo_values, value=wrong, algorithm={"estimator": "rloo"})
+    with pytest.raises(UserError, match="cannot read the DeepSpeed file"):
+        check(ppo_values, value=wrong)
+    check(ppo_values, policy={"lora": {}}, reference={"deepspeed": "/nowhere.json"})
+
+
+@pytest.mark.parametrize("launcher", ["spmd", "ray"])
+@pytest.mark.parametrize("role", ["policy", "reference", "value", "reward"])
+def test_fp16_needs_a_gpu(ppo_values: dict[str, Any], role: str, launcher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    fp16: dict[str, Any] = {role: {"dtype": "fp16"}}
+    with pytest.raises(UserError, match="refuses fp16 on a CPU") as error:
+        check(ppo_values, placement={"launcher": launcher}, **fp16)
+    assert error.value.where == f"{role}.dtype"
+
+
+def test_fp16_with_a_gpu(ppo_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check(ppo_values, placement={"launcher": "ray"}, policy={"dtype": "fp16", "gpus_per_rank": 0.5})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert check(ppo_values, policy={"dtype": "fp16"})
+
+
+def test_deepspeed_files_are_read(ppo_values: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW"}}))
+    with pytest.raises(UserError, match="sets 'optimizer'"):
+        check(ppo_values, policy={"deepspeed": str(tmp_path / "zero.json")})
+
+
+def test_model_rewards_are_looked_at(ppo_values: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no model folder"):
+        check(ppo_values, reward={"sources": [{"name": "m", "kind": "model", "model": str(tmp_path / "nowhere")}]})
+
+
+SEES = """
+import json, pathlib
+def reward(prompts, completions, answer):
+    pathlib.Path(__file__).with_suffix(".json").write_text(json.dumps([prompts, len(completions), answer]))
+    return [0.0] * len(prompts)
+"""
+
+
+def test_rewards_are_called_on_two_real_rows_with_their_columns(ppo_values: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "sees.py").write_text(SEES)
+    check(
+        ppo_values,
+        reward={"sources": [{"name": "f", "kind": "function", "path": f"{tmp_path / 'sees.py'}:reward"}]},
+        data={"eval_fraction": 0.0},
+    )
+    assert json.loads((tmp_path / "sees.json").read_text()) == [["w0", "w7 w8"], 2, ["w0", "w1"]]
+
+
+def test_a_column_that_a_reward_needs_and_the_data_lacks(ppo_values: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "needs.py").write_text("def reward(prompts, completions, solution):\n    return [0.0] * len(prompts)\n")
+    with pytest.raises(UserError, match="needs 'solution', which the data does not have; its other columns: answer"):
+        check(ppo_values, reward={"sources": [{"name": "f", "kind": "function", "path": f"{tmp_path / 'needs.py'}:reward"}]})

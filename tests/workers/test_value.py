@@ -1,0 +1,58 @@
+"""One rank of the value model: values of a shard, steps towards the returns, an export that loads as a classifier."""
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from rlhf_dist.contracts.experience import merge_pieces
+from rlhf_dist.contracts.moments import Moments
+from rlhf_dist.contracts.roles import UpdateRequest
+from rlhf_dist.workers.value import ValueWorker
+
+
+def values_of(worker: ValueWorker, shard):
+    return merge_pieces(shard, [worker.score(shard).payload])
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_values_start_at_zero_and_learn_the_returns(stage, configured, zero, plain_rank, shard_of, ragged) -> None:
+    worker = ValueWorker(configured({"value.deepspeed": zero(stage), "value.optim": {"lr": 0.02, "schedule": "constant"}}), plain_rank)
+    shard = shard_of(ragged)
+    scored = values_of(worker, shard)
+    mask = shard.response_mask_BT
+    assert not scored.values_BT[mask].any() and not scored.bootstrap_value_B.any()
+    returns = torch.where(mask, torch.tensor([[0.3], [-0.2], [0.5], [0.1], [0.4], [-0.1], [0.2]]), torch.nan)
+    rows, denominator = tuple(range(7)), float(mask.sum())
+    losses = []
+    for _ in range(25):
+        worker.load_experience([values_of(worker, shard).replace(returns_BT=returns)], Moments())
+        info = worker.update(UpdateRequest((rows[:4], rows[4:]), denominator))
+        losses.append(info.tally.means()["loss/value_avg"])
+    assert losses[0] == pytest.approx(float(0.5 * returns[mask].square().mean()), rel=1e-5) and losses[-1] < losses[0] / 5
+    assert info.step.lr == 0.02
+    scored = values_of(worker, shard)
+    assert scored.bootstrap_value_B.any() and (scored.values_BT[mask] - returns[mask]).abs().mean() < 0.2
+
+
+def test_an_export_answers_as_the_worker_and_starts_another_run(configured, plain_rank, shard_of, ragged, tmp_path) -> None:
+    worker = ValueWorker(configured({"value.optim": {"lr": 0.02}}), plain_rank)
+    shard = shard_of(ragged)
+    returns = torch.ones(shard.response_mask_BT.shape)
+    worker.load_experience([values_of(worker, shard).replace(returns_BT=returns)], Moments())
+    for _ in range(3):
+        worker.update(UpdateRequest((tuple(range(7)),), 20.0))
+    want = values_of(worker, shard)
+    worker.export(str(tmp_path / "value"))
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "value")
+    got = torch.cat([model(input_ids=torch.tensor([prompt + response])).logits[0] for prompt, response in ragged]).detach()
+    torch.testing.assert_close(got, want.bootstrap_value_B, rtol=1e-5, atol=1e-5)
+    again = ValueWorker(configured({"value.model": str(tmp_path / "value"), "value.head_init": "keep"}), plain_rank)
+    torch.testing.assert_close(values_of(again, shard).values_BT, want.values_BT, rtol=1e-5, atol=1e-5)
+
+
+def test_the_value_loss_is_clipped_around_the_old_values(configured, plain_rank, shard_of, ragged) -> None:
+    worker = ValueWorker(configured({"algorithm.value_clip": 0.01}), plain_rank)
+    shard = shard_of(ragged)
+    far = shard.replace(values_BT=torch.full(shard.response_mask_BT.shape, -1.0), returns_BT=torch.ones(shard.response_mask_BT.shape))
+    worker.load_experience([far], Moments())
+    assert worker.update(UpdateRequest((tuple(range(7)),), 20.0)).tally.means()["val/clipfrac_avg"] == 1.0
