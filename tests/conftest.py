@@ -131,7 +131,7 @@ def rlhf_dist_ppo(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
 
 @pytest.fixture
 def plain_rank() -> Any:
-    """This process as the only rank. It joins anew where an earlier test left the process group; what it sets in the environment goes again."""
+    """This process as the only rank. It joins anew where an earlier test left the group; what it sets in the environment goes again."""
     from rlhf_dist.engines.process import LAUNCH_VARIABLES, free_port, start_process_group
 
     before = {name: os.environ.get(name) for name in LAUNCH_VARIABLES}

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from rlhf_dist.cli.quiet import quiet_libraries
 from rlhf_dist.config.loading import dump_config, load_config
 from rlhf_dist.config.ppo import PPOConfig
+from rlhf_dist.models.quiet import quiet_libraries
 
 app = typer.Typer(help="Look at a configuration.", no_args_is_help=True)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from rich.console import Console
 
 from rlhf_dist.cli.config import ConfigFile, Overrides
-from rlhf_dist.cli.quiet import quiet_libraries
 from rlhf_dist.config.loading import load_config
 from rlhf_dist.config.ppo import PPOConfig
+from rlhf_dist.models.quiet import quiet_libraries
 
 
 def ppo(config: ConfigFile, overrides: Overrides = None) -> None:

@@ -6,7 +6,7 @@ import functools
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,8 @@ def run_under_ray(config: PPOConfig) -> Path:
         check_placement(demands(config), cluster_nodes())
         root = RunFolder.create(config.run.output_dir, config.run.name, config.run.overwrite).root
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        actor = ray.remote(CoordinatorActor).options(num_cpus=0, max_concurrency=2, scheduling_strategy=here).remote(config, str(root), os.getcwd())
+        remote: Any = ray.remote(CoordinatorActor)
+        actor = remote.options(num_cpus=0, max_concurrency=2, scheduling_strategy=here).remote(config, str(root), os.getcwd())
         reporter = ConsoleReporter()
         try:
             _follow(actor, actor.run.remote(), reporter)
@@ -58,12 +59,8 @@ class CoordinatorActor:
 
     def run(self) -> dict[str, Any]:
         """The whole run; returns the summary. The groups end with it, whatever happens."""
-        recorder = Recorder(RunFolder.open(self._root))
-        with ray_groups(self._config) as groups:
-            try:
-                return PPOCoordinator(self._config, groups, recorder, self._reporter).run()
-            finally:
-                recorder.close()
+        with closing(Recorder(RunFolder.open(self._root))) as recorder, ray_groups(self._config) as groups:
+            return PPOCoordinator(self._config, groups, recorder, self._reporter).run()
 
     def events(self, since: int) -> list[Event]:
         """Progress since an event number."""
@@ -73,7 +70,7 @@ class CoordinatorActor:
 @contextmanager
 def ray_groups(config: PPOConfig) -> Iterator[Groups]:
     """The run's groups, placed and loaded side by side, and ended at the end."""
-    groups: dict[str, RayGroup] = {}
+    groups: dict[str, Any] = {}
     try:
         for demand in demands(config):
             groups[demand.role] = RayGroup(demand, functools.partial(build_worker, demand.role, config), config.placement)
@@ -112,7 +109,8 @@ def cluster_nodes() -> list[Node]:
 
 
 def _follow(actor: Any, run: Any, reporter: ConsoleReporter) -> None:
-    seen, done = 0, []
+    seen = 0
+    done: list[Any] = []
     while not done:
         done, _ = ray.wait([run], timeout=POLL_S)
         if not done:

@@ -27,7 +27,9 @@ def toy(
     tokenizer = load_tokenizer_folder(str(task.tokenizer))
     rows = [json.loads(line) for line in task.corpus.read_text(encoding="utf-8").splitlines()]
     sequences = [[*tokenizer(row["prompt"] + row["completion"])["input_ids"], tokenizer.eos_token_id] for row in rows]
-    console.print(f"corpus of {len(rows)} stories, for example:\n  {rows[0]['prompt']}|{rows[0]['completion']}", markup=False, soft_wrap=True)
+    console.print(
+        f"corpus of {len(rows)} stories, for example:\n  {rows[0]['prompt']}|{rows[0]['completion']}", markup=False, soft_wrap=True
+    )
     rank = start_process_group(0, 1, 0, "127.0.0.1", free_port())
     try:
         with Progress(console=console) as bar:
@@ -38,4 +40,6 @@ def toy(
         save_model(model, tokenizer, output / "model")
     finally:
         stop_process_group()
-    console.print(f"language model: {sum(p.numel() for p in model.parameters())} parameters, loss {loss:.3f} nats a token; saved in {output / 'model'}")
+    console.print(
+        f"language model: {model.num_parameters()} parameters, loss {loss:.3f} nats a token; saved in {output / 'model'}", soft_wrap=True
+    )

@@ -30,13 +30,16 @@ class AlgorithmSection(Section):
     clip_high: float = Field(0.2, gt=0, description="ratio clip above 1")
     dual_clip: float | None = Field(None, gt=1, description="lower bound of the surrogate for negative advantages")
     value_clip: float | None = Field(0.2, gt=0, description="clip of the value around its old prediction; null: off")
-    whiten_advantages: bool = Field(True, description="centre and scale advantages over the global batch")
+    whiten_advantages: bool | None = Field(None, description="centre and scale advantages over the global batch; null: with `gae` only")
     whiten_rewards: bool = Field(False, description="scale token rewards over the global batch, keeping their mean")
     entropy_coef: float = Field(0.0, ge=0, description="entropy bonus")
     reduction: Literal["token_mean", "sequence_mean", "fixed"] = Field(
-        "token_mean", description="denominator of the policy loss: valid tokens, sequences (mean of token means), or sequences × max_new_tokens"
+        "token_mean",
+        description="denominator of the policy loss: valid tokens, sequences (mean of token means), or sequences × max_new_tokens",
     )
-    truncated: Literal["terminal", "bootstrap"] = Field("terminal", description="a completion cut by the limit: paid and terminal, or bootstrapped")
+    truncated: Literal["terminal", "bootstrap"] = Field(
+        "terminal", description="a completion cut by the limit: paid and terminal, or bootstrapped"
+    )
     target_kl_step: float | None = Field(None, gt=0, description="end the update when k2(new, old) exceeds 1.5 × this")
     baseline_momentum: float = Field(0.9, ge=0, lt=1, description="running-mean baseline of `reinforce`")
     kl: KlSection = Field(default_factory=KlSection)
@@ -48,3 +51,8 @@ class AlgorithmSection(Section):
         if self.whiten_rewards and self.estimator != "gae":
             raise ValueError("whiten_rewards scales the token rewards of estimator: gae; the others have one return a sequence")
         return self
+
+    @property
+    def whitens_advantages(self) -> bool:
+        """Whether advantages are whitened: by default only those of a critic; group estimators centre (and scale) their own."""
+        return self.estimator == "gae" if self.whiten_advantages is None else self.whiten_advantages

@@ -35,7 +35,9 @@ def resolve_deepspeed(path: str, *, dtype: Dtype, clip_norm: float, trains: bool
     for key, value in wanted.items():
         _fill(config, key, value, path)
     if config.pop("train_batch_size", "auto") != "auto":
-        raise UserError("the DeepSpeed file fixes train_batch_size", where=path, fix="set it to auto: minibatches follow algorithm.minibatches")
+        raise UserError(
+            "the DeepSpeed file fixes train_batch_size", where=path, fix="set it to auto: minibatches follow algorithm.minibatches"
+        )
     for name, ours in (("bf16", "bf16"), ("fp16", "fp16")):
         section = config.setdefault(name, {})
         _fill(section, "enabled", dtype == ours, f"{path}, {name}")
@@ -73,7 +75,9 @@ def _read(path: str) -> dict[str, Any]:
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"cannot read the DeepSpeed file: {error.strerror}", where=path, fix="see configs/deepspeed/ for files that work") from None
+        raise UserError(
+            f"cannot read the DeepSpeed file: {error.strerror}", where=path, fix="see configs/deepspeed/ for files that work"
+        ) from None
     except ValueError as error:
         raise UserError(f"the DeepSpeed file is not JSON: {error}", where=path, fix="mend the syntax") from None
     if not isinstance(config, dict):

@@ -49,7 +49,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"cannot read the config file: {error.strerror}", where=str(path), fix="pass --config a YAML file that exists") from None
+        raise UserError(
+            f"cannot read the config file: {error.strerror}", where=str(path), fix="pass --config a YAML file that exists"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"the config file is not YAML: {error}", where=str(path), fix="mend the syntax") from None
     if values is None:
@@ -103,7 +105,9 @@ def _put(node: Any, last: str, value: Any, key: str) -> None:
 
 def _index(node: list[Any], part: str, so_far: str) -> int:
     if not part.isdigit() or int(part) >= len(node):
-        raise UserError(f"{so_far}: the list has {len(node)} entries, so {part!r} names none", where="command line", fix="use 0 for the first entry")
+        raise UserError(
+            f"{so_far}: the list has {len(node)} entries, so {part!r} names none", where="command line", fix="use 0 for the first entry"
+        )
     return int(part)
 
 

@@ -12,7 +12,9 @@ from rlhf_dist.config.section import Section
 class PlacementSection(Section):
     """Who starts the processes."""
 
-    launcher: Literal["ray", "spmd"] = Field("ray", description="ray: an actor a rank; spmd: the processes of the deepspeed launcher, or one plain process")
+    launcher: Literal["ray", "spmd"] = Field(
+        "ray", description="ray: an actor a rank; spmd: the processes of the deepspeed launcher, or one plain process"
+    )
     strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field("PACK", description="Ray placement strategy of each group")
     start_timeout_s: float = Field(300.0, gt=0, description="longest wait for actors to be placed and to load their models")
     call_timeout_s: float = Field(3600.0, gt=0, description="longest wait for one phase")

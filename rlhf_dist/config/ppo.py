@@ -35,9 +35,13 @@ class PPOConfig(Section):
         if self.algorithm.minibatches > samples:
             raise ValueError(f"algorithm.minibatches is {self.algorithm.minibatches}, but a step has only {samples} completions")
         if self.algorithm.estimator in ("rloo", "grpo") and self.rollout.samples_per_prompt < 2:
-            raise ValueError(f"algorithm.estimator {self.algorithm.estimator} compares samples of a prompt: rollout.samples_per_prompt must be at least 2")
+            raise ValueError(
+                f"algorithm.estimator {self.algorithm.estimator} compares a prompt's samples: rollout.samples_per_prompt must be at least 2"
+            )
         if self.rollout.prompts_per_step < self.policy.ranks * self.rollout.shards_per_rank:
-            raise ValueError("rollout.prompts_per_step is smaller than policy.ranks × rollout.shards_per_rank: some ranks would have nothing to generate")
+            raise ValueError(
+                "rollout.prompts_per_step is smaller than policy.ranks × rollout.shards_per_rank: some ranks would have nothing to generate"
+            )
         if self.reward.soft_overlong.buffer > self.rollout.max_new_tokens:
             raise ValueError("reward.soft_overlong.buffer is larger than rollout.max_new_tokens")
         if self.reward.minimum_length.tokens > self.rollout.max_new_tokens:

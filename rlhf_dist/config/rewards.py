@@ -32,7 +32,9 @@ class ModelReward(_Source):
     kind: Literal["model"]
     model: str = Field(description="Hugging Face folder of a sequence classifier")
     label: int | None = Field(None, ge=0, description="which output to read; needed when the model has several")
-    transform: Literal["logit", "probability", "log_odds"] | None = Field(None, description="what to make of it; needed when the model has several")
+    transform: Literal["logit", "probability", "log_odds"] | None = Field(
+        None, description="what to make of it; needed when the model has several"
+    )
     max_tokens: int | None = Field(None, ge=1, description="longest input; default: the model's context")
     overlong: Literal["error", "truncate_left"] = Field("error", description="what to do with a longer input; truncations are counted")
 
@@ -43,7 +45,9 @@ Source = Annotated[FunctionReward | ModelReward, Field(discriminator="kind")]
 class MissingStop(Section):
     """What a completion without a stop token pays."""
 
-    rule: Literal["none", "subtract", "replace"] = Field("none", description="leave the score, subtract `value` from it, or replace it by `value`")
+    rule: Literal["none", "subtract", "replace"] = Field(
+        "none", description="leave the score, subtract `value` from it, or replace it by `value`"
+    )
     value: float = Field(1.0, description="the amount subtracted, or the score put in its place")
 
 

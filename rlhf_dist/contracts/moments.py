@@ -31,7 +31,9 @@ class Moments:
             return other if not self.count else self
         count = self.count + other.count
         delta = other.mean - self.mean
-        return Moments(count, self.mean + delta * other.count / count, self.m2 + other.m2 + delta * delta * self.count * other.count / count)
+        return Moments(
+            count, self.mean + delta * other.count / count, self.m2 + other.m2 + delta * delta * self.count * other.count / count
+        )
 
 
 def merged_moments(parts: Iterable[Moments]) -> Moments:

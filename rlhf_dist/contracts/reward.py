@@ -56,9 +56,17 @@ def checked_result(name: str, values: Any, expected: int, where: str) -> RewardR
     """
     unordered = isinstance(values, str | bytes | Mapping | Set)
     if unordered or not hasattr(values, "__len__") or not hasattr(values, "__iter__") or getattr(values, "ndim", 1) == 0:
-        raise UserError(f"reward {name!r} returned {type(values).__name__}, not a list of numbers", where=where, fix="return one float (or None to abstain) per completion")
+        raise UserError(
+            f"reward {name!r} returned {type(values).__name__}, not a list of numbers",
+            where=where,
+            fix="return one float (or None to abstain) per completion",
+        )
     if len(values) != expected:
-        raise UserError(f"reward {name!r} returned {len(values)} values for {expected} completions", where=where, fix="return exactly one value per completion, None to abstain")
+        raise UserError(
+            f"reward {name!r} returned {len(values)} values for {expected} completions",
+            where=where,
+            fix="return exactly one value per completion, None to abstain",
+        )
     return RewardResult(name, tuple(_checked_value(name, value, row, where) for row, value in enumerate(values)))
 
 
@@ -68,7 +76,15 @@ def _checked_value(name: str, value: Any, row: int, where: str) -> float | None:
     if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise UserError(f"reward {name!r} returned {value!r} ({type(value).__name__}) for row {row}", where=where, fix="return a float, or None to abstain")
+        raise UserError(
+            f"reward {name!r} returned {value!r} ({type(value).__name__}) for row {row}",
+            where=where,
+            fix="return a float, or None to abstain",
+        )
     if not math.isfinite(value):
-        raise UserError(f"reward {name!r} returned {float(value)} for row {row}: a failure, not a score", where=where, fix="find out why; return None if the reward cannot judge the row")
+        raise UserError(
+            f"reward {name!r} returned {float(value)} for row {row}: a failure, not a score",
+            where=where,
+            fix="find out why; return None if the reward cannot judge the row",
+        )
     return float(value)

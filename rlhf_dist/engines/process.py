@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import transformers
+
+from rlhf_dist.models.quiet import quiet_libraries
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -87,6 +88,5 @@ def quiet_deepspeed() -> Any:
 
     __compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
-    transformers.utils.logging.disable_progress_bar()
+    quiet_libraries()
     return deepspeed

@@ -84,7 +84,9 @@ def pack_sequences(sequences: Sequence[Sequence[int]]) -> SequenceBatch:
     mask_BT = torch.arange(width) < lengths_B.unsqueeze(1)
     response_tokens_BT = torch.tensor([[*sequence[1:], *[0] * (width + 1 - len(sequence))] for sequence in sequences])
     prompt_tokens_BP = torch.tensor([[sequence[0]] for sequence in sequences])
-    return SequenceBatch(prompt_tokens_BP, torch.ones_like(prompt_tokens_BP, dtype=torch.bool), response_tokens_BT, mask_BT, mask_BT.clone())
+    return SequenceBatch(
+        prompt_tokens_BP, torch.ones_like(prompt_tokens_BP, dtype=torch.bool), response_tokens_BT, mask_BT, mask_BT.clone()
+    )
 
 
 def _llama(tokenizer: PreTrainedTokenizerBase, shape: TinyModel) -> LlamaConfig:

@@ -59,7 +59,7 @@ class PolicyWorker:
         self._copy = load_causal_lm(section, section.model).to(rank.device) if self._engine.stage == 3 else None
         sampled = self._engine.module.model if self._copy is None else self._copy
         self._sampler = Sampler(sampled, self._tokenizer, config.rollout, self._stop_tokens, config.run.seed)
-        self._trainer = Trainer(self._engine, PolicyObjective(config.algorithm), whitens=config.algorithm.whiten_advantages)
+        self._trainer = Trainer(self._engine, PolicyObjective(config.algorithm), whitens=config.algorithm.whitens_advantages)
         self._estimator = Estimator(config.algorithm, config.rollout.samples_per_prompt)
         self._train_prompts = PromptStream(config.data, self._tokenizer, split="train", seed=config.run.seed)
         self._cuts_prompts = config.data.overlong != "error"

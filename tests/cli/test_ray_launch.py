@@ -40,10 +40,15 @@ def test_the_clusters_nodes_are_seen(ray_session: None) -> None:
     [
         ({"reference__ranks": 100}, "asks for 51.5 CPUs"),
         ({"value__gpus_per_rank": 1.0}, "asks for 1 GPUs"),
-        ({"reward__cpus_per_rank": 15.0, "placement__strategy": "STRICT_SPREAD", "reference__ranks": 2}, "2 ranks of reference need as many nodes"),
+        (
+            {"reward__cpus_per_rank": 15.0, "placement__strategy": "STRICT_SPREAD", "reference__ranks": 2},
+            "2 ranks of reference need as many nodes",
+        ),
     ],
 )
-def test_what_can_never_be_placed_is_refused_in_seconds(ray_session: None, ppo_values: dict[str, Any], changes: dict[str, Any], message: str) -> None:
+def test_what_can_never_be_placed_is_refused_in_seconds(
+    ray_session: None, ppo_values: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
     began = time.monotonic()
     if "reward__cpus_per_rank" in changes:
         changes = changes | {"reward__cpus_per_rank": 1.0}
@@ -69,7 +74,11 @@ def test_a_fault_in_the_middle_ends_the_run_with_its_message_and_leaves_no_proce
     path.write_text(yaml.safe_dump(config(ppo_values).model_dump(mode="json")))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"RLHF_DIST_TEST": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-m", "rlhf_dist.cli.main", "ppo", "--config", str(path)], env=environment, capture_output=True, text=True, timeout=200
+        [sys.executable, "-m", "rlhf_dist.cli.main", "ppo", "--config", str(path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
     )
     assert done.returncode == 2, done.stderr[-3000:]
     assert "reward 'turning' returned nan for row" in done.stderr and "Traceback" not in done.stderr

@@ -16,7 +16,7 @@ def test_defaults_follow_the_numerics():
         0.2,
         0.2,
     )
-    assert (section.whiten_advantages, section.whiten_rewards, section.reduction, section.truncated) == (
+    assert (section.whitens_advantages, section.whiten_rewards, section.reduction, section.truncated) == (
         True,
         False,
         "token_mean",
@@ -68,3 +68,10 @@ def test_ranges(changes):
 def test_ranges_of_the_kl_section(changes):
     with pytest.raises(ValidationError, match=next(iter(changes))):
         KlSection(**changes)
+
+
+@pytest.mark.parametrize(
+    ("given", "estimator", "whitens"), [(None, "gae", True), (None, "rloo", False), (True, "grpo", True), (False, "gae", False)]
+)
+def test_only_a_critics_advantages_are_whitened_unless_asked(given: bool | None, estimator: str, whitens: bool) -> None:
+    assert AlgorithmSection(whiten_advantages=given, estimator=estimator).whitens_advantages is whitens

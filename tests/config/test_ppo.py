@@ -43,7 +43,7 @@ def test_only_gae_starts_a_value_engine_and_lora_starts_no_reference():
     [
         (["algorithm.minibatches=65"], "algorithm.minibatches is 65, but a step has only 64 completions"),
         (["algorithm.estimator=rloo"], "rollout.samples_per_prompt must be at least 2"),
-        (["algorithm.estimator=grpo"], "algorithm.estimator grpo compares samples of a prompt"),
+        (["algorithm.estimator=grpo"], "algorithm.estimator grpo compares a prompt's samples"),
         (["policy.ranks=4", "rollout.prompts_per_step=7", "rollout.shards_per_rank=2"], "some ranks would have nothing to generate"),
         (["reward.soft_overlong.buffer=129"], "reward.soft_overlong.buffer is larger than rollout.max_new_tokens"),
         (["reward.minimum_length.tokens=129"], "reward.minimum_length.tokens is larger than rollout.max_new_tokens"),

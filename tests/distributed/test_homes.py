@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def runs(
     root = tmp_path_factory.mktemp("homes")
     stages = {number: root / f"zero{number}.json" for number in (2, 3)}
     for number, path in stages.items():
-        path.write_text('{"zero_optimization": {"stage": %d}}' % number)
+        path.write_text(json.dumps({"zero_optimization": {"stage": number}}))
     two = {"ranks": 2, "cpus_per_rank": 0.5}
     values: dict[str, Any] = {
         "run": {"output_dir": str(root), "steps": STEPS, "seed": 3},
@@ -63,7 +64,9 @@ def assert_same_metrics(one: Path, other: Path, tolerance: float) -> None:
         names = {name for name in a if not name.startswith(("perf/", "preflight/", "coordinator/")) and name != "time"}
         assert names <= set(b) and (a["step"] == 0 or {"objective/kl", "loss/value_avg", "policy/grad_norm"} <= names)
         for name in names:
-            assert math.isclose(a[name], b[name], rel_tol=tolerance, abs_tol=tolerance), f"step {a['step']}, {name}: {a[name]} and {b[name]}"
+            assert math.isclose(a[name], b[name], rel_tol=tolerance, abs_tol=tolerance), (
+                f"step {a['step']}, {name}: {a[name]} and {b[name]}"
+            )
 
 
 def test_ray_and_the_launcher_agree_to_1e_6(runs: dict[str, Path]) -> None:
@@ -78,7 +81,10 @@ def test_the_same_completions_on_one_and_two_ranks(runs: dict[str, Path]) -> Non
     """Law 9 over rank counts and homes; step 1 comes before any update, later steps show that the updates agree too."""
     for step in range(1, STEPS + 1):
         tables = [read_rollouts(run / "rollouts" / f"step_{step:06d}.parquet") for run in runs.values()]
-        rows = [list(zip(*(table.column(name).to_pylist() for name in ("prompt_id", "sample_index", "completion")), strict=True)) for table in tables]
+        rows = [
+            list(zip(*(table.column(name).to_pylist() for name in ("prompt_id", "sample_index", "completion")), strict=True))
+            for table in tables
+        ]
         assert rows[0] == rows[1] == rows[2]
         assert len(rows[0]) == 16 and len({row[:2] for row in rows[0]}) == 16
 

@@ -38,7 +38,9 @@ def test_dropped_prompts_are_counted(ppo_values: dict[str, Any], tmp_path: Path)
 
 def test_samples_on_which_every_reward_abstains_are_counted_and_kept_in_the_log(ppo_values: dict[str, Any], tmp_path: Path) -> None:
     module = tmp_path / "choosy.py"
-    module.write_text("def choosy(prompts, completions, answer, **columns):\n    return [None if a in ('w0', 'w1') else 1.0 for a in answer]\n")
+    module.write_text(
+        "def choosy(prompts, completions, answer, **columns):\n    return [None if a in ('w0', 'w1') else 1.0 for a in answer]\n"
+    )
     ppo_values["reward"] = {"sources": [{"name": "choosy", "kind": "function", "path": f"{module}:choosy"}]}
     ppo_values["data"]["eval_fraction"] = 0.0
     folder = run(ppo_values, tmp_path)

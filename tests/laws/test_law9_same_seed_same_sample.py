@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rlhf_dist.rollout.native import NativeEngine, RolloutRow, SamplingKey
+from rlhf_dist.rollout.native import Completion, NativeEngine, RolloutRow, SamplingKey
 from rlhf_dist.rollout.sampling import SamplingParams
 
 KEY = SamplingKey(seed=7, stream="train", step=3)
@@ -30,13 +30,18 @@ def rows() -> list[RolloutRow]:
     return [RolloutRow(prompts[i % 8], 1000 + i % 8, i // 8) for i in range(32)]
 
 
+def assert_same(one: list[Completion], other: list[Completion]) -> None:
+    """The same tokens exactly; log-probs to rounding (seen bit for bit on one CPU, but other CPUs have other kernels)."""
+    assert [(c.tokens, c.stop_reason) for c in one] == [(c.tokens, c.stop_reason) for c in other]
+    for a, b in zip(one, other, strict=True):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
+
+
 @pytest.mark.parametrize("params", [SamplingParams(40, stop_tokens=(2, 9)), SamplingParams(40, temperature=0.8, top_k=20, top_p=0.9)])
 def test_batches_of_1_and_of_32(model: Any, rows: list[RolloutRow], params: SamplingParams) -> None:
     together, _ = NativeEngine(model, slots=32).generate(rows, params, KEY)
     alone = [NativeEngine(model, slots=1).generate([row], params, KEY)[0][0] for row in rows]
-    assert [c.tokens for c in together] == [c.tokens for c in alone]
-    # Stronger than the law asks: on CPU in fp32 the log-probs agree to the last bit, so no token was a matter of luck.
-    assert together == alone
+    assert_same(together, alone)
 
 
 @pytest.mark.parametrize("slots", [1, 5, 8, 31])
@@ -45,7 +50,7 @@ def test_any_slots_and_any_order(model: Any, rows: list[RolloutRow], slots: int)
     expected, _ = NativeEngine(model, slots=32).generate(rows, params, KEY)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(slots)).tolist()
     shuffled, _ = NativeEngine(model, slots=slots).generate([rows[i] for i in order], params, KEY)
-    assert shuffled == [expected[i] for i in order]
+    assert_same(shuffled, [expected[i] for i in order])
 
 
 def test_the_limit_does_not_change_what_comes_before_it(model: Any, rows: list[RolloutRow]) -> None:

@@ -120,7 +120,7 @@ def test_the_first_failure_is_raised_while_another_rank_still_waits(ray_session:
     finally:
         group.close()
         group.close()
-    assert not ray.util.placement_group_table(group._bundles)["state"] == "CREATED"
+    assert ray.util.placement_group_table(group._bundles)["state"] != "CREATED"
 
 
 def test_a_factory_that_fails_is_reported_by_finish_start(ray_session: None) -> None:

@@ -52,7 +52,10 @@ def test_a_model_reward_scores_on_its_own_engine_beside_a_function(
 def test_functions_see_prompts_completions_and_columns_of_their_rows(configured, plain_rank, shard_of, ragged, tmp_path) -> None:
     path = tmp_path / "mine.py"
     path.write_text(
-        "seen = []\ndef keep(prompts, completions, **columns):\n    seen.append((prompts, completions, columns))\n    return [1.0] * len(prompts)\n"
+        "seen = []\n"
+        "def keep(prompts, completions, **columns):\n"
+        "    seen.append((prompts, completions, columns))\n"
+        "    return [1.0] * len(prompts)\n"
     )
     worker = RewardWorker(configured(sources(function(path, "keep"))), plain_rank)
     worker._rank = Rank(1, 3, 0, "cpu")

@@ -74,7 +74,9 @@ def microbatches(batch: ExperienceBatch, count: int, rank: int, world_size: int)
 
 def main() -> None:
     model, out = sys.argv[1], Path(sys.argv[2])
-    rank = start_process_group(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), 0, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    rank = start_process_group(
+        int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), 0, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    )
     scratch = out.parent / f"rank{rank.rank}of{rank.world_size}"
     scratch.mkdir()
     found, metrics = {}, {}
@@ -82,7 +84,9 @@ def main() -> None:
         for name, (engine, objective) in engines(model, stage, scratch, rank).items():
             batch = experience(engine.module.model.config.vocab_size)
             for count in (1, 2, 3, 4):
-                engine.forward_backward(microbatches(batch, count, rank.rank, rank.world_size), objective, float(batch.valid_tokens_B.sum()))
+                engine.forward_backward(
+                    microbatches(batch, count, rank.rank, rank.world_size), objective, float(batch.valid_tokens_B.sum())
+                )
                 gradient = [safe_get_full_grad(p) for p in engine.module.parameters()]
                 norm = engine.optimizer_step().grad_norm
                 key = f"{name} zero{stage} world{rank.world_size} microbatches{count}"

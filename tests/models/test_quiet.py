@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from transformers.utils import logging
 
-from rlhf_dist.cli.quiet import quiet_libraries
+from rlhf_dist.models.quiet import quiet_libraries
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE = """
 import sys
-from rlhf_dist.cli.quiet import quiet_libraries
+from rlhf_dist.models.quiet import quiet_libraries
 quiet_libraries()
 from transformers import AutoModelForSequenceClassification
 AutoModelForSequenceClassification.from_pretrained(sys.argv[1], num_labels=1)
