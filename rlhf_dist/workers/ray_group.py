@@ -21,7 +21,16 @@ from rlhf_dist.workers.wire import pack, split, unpack
 Factory = Callable[[Any], Any]
 """Makes a worker from its `engines.process.Rank`."""
 
-PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "TRANSFORMERS_OFFLINE", "DS_ACCELERATOR", "PYTHONPATH", "NCCL_DEBUG", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
+PASSED_ON = (
+    "HF_HUB_OFFLINE",
+    "HF_HOME",
+    "TRANSFORMERS_OFFLINE",
+    "DS_ACCELERATOR",
+    "PYTHONPATH",
+    "NCCL_DEBUG",
+    "NCCL_SOCKET_IFNAME",
+    "GLOO_SOCKET_IFNAME",
+)
 
 
 class Host:
@@ -90,7 +99,9 @@ class RayGroup:
         self._timeout_s = placement.call_timeout_s
         self._closed = False
         self._actors: list[Any] = []
-        self._bundles = placement_group([{"CPU": demand.cpus} | ({"GPU": demand.gpus} if demand.gpus else {})] * demand.ranks, demand.strategy)
+        self._bundles = placement_group(
+            [{"CPU": demand.cpus} | ({"GPU": demand.gpus} if demand.gpus else {})] * demand.ranks, demand.strategy
+        )
         if not self._bundles.wait(placement.start_timeout_s):
             self.close()
             raise UserError(
@@ -192,4 +203,8 @@ def get(reference: Any, timeout_s: float, asked: str) -> Any:
 
 
 def _late(timeout_s: float, asked: str) -> UserError:
-    return UserError(f"no answer within {timeout_s:g} s", where=asked, fix="a rank may hang or be slow: see the Ray logs, or raise placement.call_timeout_s")
+    return UserError(
+        f"no answer within {timeout_s:g} s",
+        where=asked,
+        fix="a rank may hang or be slow: see the Ray logs, or raise placement.call_timeout_s",
+    )

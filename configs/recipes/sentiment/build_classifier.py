@@ -33,21 +33,15 @@ BATCH = 32
 LEARNING_RATE = 2e-3
 
 WORDS = {
-    "name": "Lily Tim Mia Ben Anna Tom Sara Max Zoe Leo Ella Sam Ruby Lucy Jack Emma Nina Omar Rosa Mom Dad Grandma Spot Daisy Kitty".split(),
-    "who": "the girl|the boy|the cat|the dog|the bird|the bear|the rabbit|the man|the king|the fairy|the duck|the frog|they|he|she".split("|"),
-    "thing": "ball box tree flower boat cake kite house hat book car river garden park store toy bed rock cloud drum shoe pond".split(),
-    "look": "small big red blue green old quiet tall round wet new slow soft long cold white loud".split(),
-    "feeling": (
-        "happy glad proud kind cheerful excited friendly safe brave lucky joyful grateful calm sweet lovely funny playful special good nice "
-        "sad angry scared hurt lonely upset tired mad mean afraid worried bad lost broken sick bored jealous terrible ugly nervous cruel"
-    ).split(),
-    "deed": "loved hugged thanked helped enjoyed liked shared hated hurt broke lost ruined stole missed hit dropped".split(),
-    "sound": "smiled|laughed|cheered|had fun|danced|sang|cried|screamed|yelled|fought|cried a lot|fell down".split("|"),
-    "move": "walked|sat down|looked up|ran home|waited|jumped|looked inside|went outside|stopped|flew away".split("|"),
-    "quote": (
-        "I love you|You are my best friend|Thank you|This is fun|What a nice surprise|I am so happy|Can I play with you|I hate this|Go away|"
-        "I am scared|You are mean|That is bad|Help|I am sorry|Look at this|Where is it|Let us go|What is that"
-    ).split("|"),
+    "name": ["Lily", "Tim", "Mia", "Ben", "Anna", "Tom", "Sara", "Max", "Zoe", "Leo", "Ella", "Sam", "Ruby", "Lucy", "Jack", "Emma", "Nina", "Omar", "Rosa", "Mom", "Dad", "Grandma", "Spot", "Daisy", "Kitty"],
+    "who": ["the girl", "the boy", "the cat", "the dog", "the bird", "the bear", "the rabbit", "the man", "the king", "the fairy", "the duck", "the frog", "they", "he", "she"],
+    "thing": ["ball", "box", "tree", "flower", "boat", "cake", "kite", "house", "hat", "book", "car", "river", "garden", "park", "store", "toy", "bed", "rock", "cloud", "drum", "shoe", "pond"],
+    "look": ["small", "big", "red", "blue", "green", "old", "quiet", "tall", "round", "wet", "new", "slow", "soft", "long", "cold", "white", "loud"],
+    "feeling": ["happy", "glad", "proud", "kind", "cheerful", "excited", "friendly", "safe", "brave", "lucky", "joyful", "grateful", "calm", "sweet", "lovely", "funny", "playful", "special", "good", "nice", "sad", "angry", "scared", "hurt", "lonely", "upset", "tired", "mad", "mean", "afraid", "worried", "bad", "lost", "broken", "sick", "bored", "jealous", "terrible", "ugly", "nervous", "cruel"],
+    "deed": ["loved", "hugged", "thanked", "helped", "enjoyed", "liked", "shared", "hated", "hurt", "broke", "lost", "ruined", "stole", "missed", "hit", "dropped"],
+    "sound": ["smiled", "laughed", "cheered", "had fun", "danced", "sang", "cried", "screamed", "yelled", "fought", "cried a lot", "fell down"],
+    "move": ["walked", "sat down", "looked up", "ran home", "waited", "jumped", "looked inside", "went outside", "stopped", "flew away"],
+    "quote": ["I love you", "You are my best friend", "Thank you", "This is fun", "What a nice surprise", "I am so happy", "Can I play with you", "I hate this", "Go away", "I am scared", "You are mean", "That is bad", "Help", "I am sorry", "Look at this", "Where is it", "Let us go", "What is that"],
     "very": ["", "", "very ", "so "],
 }
 PLAIN = (
@@ -132,7 +126,9 @@ def new_model(vocabulary: int) -> BertForSequenceClassification:
     return BertForSequenceClassification(config)
 
 
-def train(model: BertForSequenceClassification, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], labels: Sequence[int], epochs: int) -> None:
+def train(
+    model: BertForSequenceClassification, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], labels: Sequence[int], epochs: int
+) -> None:
     """AdamW with a linearly falling rate over shuffled batches."""
     steps = epochs * -(-len(texts) // BATCH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
@@ -149,7 +145,9 @@ def train(model: BertForSequenceClassification, tokenizer: PreTrainedTokenizerFa
 
 
 @torch.no_grad()
-def accuracy(model: BertForSequenceClassification, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], labels: Sequence[int]) -> float:
+def accuracy(
+    model: BertForSequenceClassification, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], labels: Sequence[int]
+) -> float:
     """The share of texts whose label the model names."""
     batch = tokenizer(list(texts), padding=True, return_tensors="pt")
     return float((model(**batch).logits.argmax(1) == torch.tensor(labels)).float().mean())
