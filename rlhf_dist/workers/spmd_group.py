@@ -100,7 +100,7 @@ class SpmdGroup:
 
 
 def deliver(value: Any) -> Any:
-    """Replaces handles by payloads, inside tuples and lists too. Every rank delivers every rank's arguments, because fetching is collective."""
+    """Replaces handles by payloads, inside tuples and lists too. Every rank delivers all ranks' arguments: fetching is collective."""
     if isinstance(value, SpmdHandle):
         return value.payload()
     if isinstance(value, tuple | list):
