@@ -16,10 +16,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rlhf_dist.cli.checks import check_run
 from rlhf_dist.config.ppo import PPOConfig
 from rlhf_dist.coordinator.ppo import PPOCoordinator
-from rlhf_dist.coordinator.recorder import Recorder
 from rlhf_dist.coordinator.shards import Groups
 from rlhf_dist.runs.folder import RunFolder
 from rlhf_dist.runs.progress import BufferedReporter, ConsoleReporter, Event, replay
+from rlhf_dist.runs.recorder import Recorder
 from rlhf_dist.workers.placement import Node, check_placement, demands
 from rlhf_dist.workers.ray_group import RayGroup, get
 from rlhf_dist.workers.roles import build_worker

@@ -13,11 +13,11 @@ from rlhf_dist.cli.checks import check_run
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.config.ppo import PPOConfig
 from rlhf_dist.coordinator.ppo import PPOCoordinator
-from rlhf_dist.coordinator.recorder import Recorder
 from rlhf_dist.coordinator.shards import Groups
 from rlhf_dist.engines.process import Rank, free_port, launched_world_size, start_process_group, stop_process_group
 from rlhf_dist.runs.folder import RunFolder
 from rlhf_dist.runs.progress import ConsoleReporter, NullReporter
+from rlhf_dist.runs.recorder import Recorder
 from rlhf_dist.workers.roles import build_worker, needed_roles
 from rlhf_dist.workers.spmd_group import SpmdGroup, agree
 

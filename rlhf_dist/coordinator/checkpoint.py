@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from rlhf_dist.contracts.roles import TrainedRole
-from rlhf_dist.coordinator.recorder import Recorder
 from rlhf_dist.coordinator.shards import Groups
+from rlhf_dist.runs.recorder import Recorder
 from rlhf_dist.runs.state import RunState
 
 

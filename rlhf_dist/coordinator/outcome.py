@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rlhf_dist.contracts.tally import merged
-from rlhf_dist.coordinator.clock import Clock
 from rlhf_dist.coordinator.experience import Experience
 from rlhf_dist.coordinator.judging import Judged
 from rlhf_dist.coordinator.shards import Shard
 from rlhf_dist.coordinator.update import UpdateReport
+from rlhf_dist.runs.clock import Clock
 
 
 @dataclass(frozen=True)

@@ -18,17 +18,17 @@ from rlhf_dist.config.loading import dump_config
 from rlhf_dist.config.ppo import PPOConfig
 from rlhf_dist.contracts.roles import PolicyRole
 from rlhf_dist.coordinator.checkpoint import checkpoint, export
-from rlhf_dist.coordinator.clock import Clock
 from rlhf_dist.coordinator.experience import Coefficients, Experience, estimate
 from rlhf_dist.coordinator.held_out import HeldOutRecord, Yardstick, evaluate
 from rlhf_dist.coordinator.judging import Judged, judge
 from rlhf_dist.coordinator.outcome import StepOutcome
 from rlhf_dist.coordinator.preflight import check_first_minibatch, preflight
-from rlhf_dist.coordinator.recorder import Recorder
 from rlhf_dist.coordinator.shards import Batch, Groups, Shard, collect_rollouts, collect_scores, generate, score
 from rlhf_dist.coordinator.update import Updater
 from rlhf_dist.rewards.mixture import RewardMixer
+from rlhf_dist.runs.clock import Clock
 from rlhf_dist.runs.progress import Reporter
+from rlhf_dist.runs.recorder import Recorder
 from rlhf_dist.runs.state import RunState
 from rlhf_dist.runs.summary import Summary, config_hash
 

@@ -12,8 +12,8 @@ from rlhf_dist.contracts.group import Handle, WorkerGroup
 from rlhf_dist.contracts.roles import TrainedRole, UpdateInfo, UpdateRequest
 from rlhf_dist.contracts.tally import Tally, merged
 from rlhf_dist.coordinator.experience import Experience
-from rlhf_dist.coordinator.schedule import assign, minibatch_rows
 from rlhf_dist.coordinator.shards import Groups
+from rlhf_dist.data.schedule import assign, minibatch_rows
 
 EARLY_STOP = 1.5  # NUMERICS §1: the update ends when k2(new, old) exceeds this times the target
 

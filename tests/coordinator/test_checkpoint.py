@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_dist.coordinator.checkpoint import checkpoint, export
-from rlhf_dist.coordinator.recorder import Recorder
 from rlhf_dist.coordinator.shards import Groups
 from rlhf_dist.runs.checkpoints import CheckpointStore
 from rlhf_dist.runs.folder import RunFolder
+from rlhf_dist.runs.recorder import Recorder
 from rlhf_dist.runs.state import RunState
 
 

@@ -6,12 +6,12 @@ import pytest
 
 from rlhf_dist.contracts.moments import Moments
 from rlhf_dist.contracts.tally import Tally
-from rlhf_dist.coordinator.clock import Clock
 from rlhf_dist.coordinator.experience import Experience
 from rlhf_dist.coordinator.judging import Judged
 from rlhf_dist.coordinator.outcome import StepOutcome
 from rlhf_dist.coordinator.shards import Shard
 from rlhf_dist.coordinator.update import UpdateReport
+from rlhf_dist.runs.clock import Clock
 
 
 def tally(name: str, total: float, weight: float) -> Tally:

@@ -18,11 +18,11 @@ from rlhf_dist.config.errors import UserError
 from rlhf_dist.config.loading import dump_config, load_config
 from rlhf_dist.config.ppo import PPOConfig
 from rlhf_dist.coordinator.ppo import FILTERED, PPOCoordinator
-from rlhf_dist.coordinator.recorder import Recorder
 from rlhf_dist.coordinator.shards import Groups
 from rlhf_dist.runs.checkpoints import CheckpointStore
 from rlhf_dist.runs.metrics import read_metrics
 from rlhf_dist.runs.progress import BufferedReporter
+from rlhf_dist.runs.recorder import Recorder
 from rlhf_dist.runs.rollout_log import read_rollouts
 from rlhf_dist.runs.state import RunState
 from rlhf_dist.runs.summary import config_hash

@@ -11,9 +11,9 @@ from rlhf_dist.contracts.moments import Moments
 from rlhf_dist.contracts.roles import UpdateInfo, UpdateRequest
 from rlhf_dist.contracts.tally import Tally
 from rlhf_dist.coordinator.experience import Experience
-from rlhf_dist.coordinator.schedule import minibatch_rows
 from rlhf_dist.coordinator.shards import Groups
 from rlhf_dist.coordinator.update import Updater
+from rlhf_dist.data.schedule import minibatch_rows
 
 LENGTHS = (5, 9, 3, 7, 4, 8, 6, 2)
 VALID = (2, 3, 1, 2, 2, 3, 2, 1)

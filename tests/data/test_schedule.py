@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_dist.coordinator.schedule import assign, balance, minibatch_rows
+from rlhf_dist.data.schedule import assign, balance, minibatch_rows
 
 lengths_of_rows = st.lists(st.integers(1, 200), min_size=1, max_size=40)
 

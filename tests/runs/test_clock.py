@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from rlhf_dist.coordinator.clock import Clock
+from rlhf_dist.runs.clock import Clock
 
 
 def test_a_phase_takes_the_time_it_took_even_when_it_fails() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from rlhf_dist.config.loading import load_config
 from rlhf_dist.config.ppo import PPOConfig
-from rlhf_dist.coordinator.recorder import Recorder
+from rlhf_dist.runs.recorder import Recorder
 from rlhf_dist.runs.checkpoints import CheckpointStore
 from rlhf_dist.runs.folder import RunFolder
 from rlhf_dist.runs.metrics import read_metrics

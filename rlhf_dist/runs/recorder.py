@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rlhf_dist.config.loading import dump_config
-from rlhf_dist.config.ppo import PPOConfig
+from pydantic import BaseModel
 from rlhf_dist.runs.checkpoints import CheckpointStore
 from rlhf_dist.runs.folder import RunFolder
 from rlhf_dist.runs.metrics import MetricsWriter
@@ -25,7 +25,7 @@ class Recorder:
         self._metrics = MetricsWriter(folder) if folder else None
         self._checkpoints = CheckpointStore(folder.checkpoints) if folder else None
 
-    def config(self, config: PPOConfig) -> None:
+    def config(self, config: BaseModel) -> None:
         """Saves the resolved config."""
         if self.folder:
             self.folder.write_config(dump_config(config))
