@@ -9,7 +9,6 @@ from rich.console import Console
 from rlhf_dist.cli.config import ConfigFile, Overrides
 from rlhf_dist.config.loading import load_config
 from rlhf_dist.config.ppo import PPOConfig
-from rlhf_dist.models.quiet import quiet_libraries
 
 
 def ppo(config: ConfigFile, overrides: Overrides = None) -> None:
@@ -25,15 +24,9 @@ def run_ppo(config: PPOConfig) -> Path:
     Raises:
         UserError: anything the user can mend.
     """
-    quiet_libraries()
-    if config.placement.launcher == "spmd":
-        from rlhf_dist.cli.spmd_launch import run_under_launcher
+    from rlhf_dist.cli.launching import launch
 
-        root, first = run_under_launcher(config)
-    else:
-        from rlhf_dist.cli.ray_launch import run_under_ray
-
-        root, first = run_under_ray(config), True
+    root, first = launch(config)
     if first:
         show_before_after(root, Console())
     return root

@@ -1,11 +1,10 @@
-"""PPO under Ray: the coordinator in an actor beside this process, the engines in groups of actors."""
+"""A stage under Ray: the coordinator in an actor beside this process, the engines in groups of actors."""
 
 from __future__ import annotations
 
-import functools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,33 +12,30 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rlhf_dist.cli.checks import check_run
-from rlhf_dist.config.ppo import PPOConfig
-from rlhf_dist.coordinator.ppo import PPOCoordinator
-from rlhf_dist.coordinator.shards import Groups
+from rlhf_dist.cli.programs import Program
 from rlhf_dist.runs.folder import RunFolder
 from rlhf_dist.runs.progress import BufferedReporter, ConsoleReporter, Event, replay
 from rlhf_dist.runs.recorder import Recorder
-from rlhf_dist.workers.placement import Node, check_placement, demands
+from rlhf_dist.workers.placement import Demand, Node, check_placement
 from rlhf_dist.workers.ray_group import RayGroup, get
-from rlhf_dist.workers.roles import build_worker
 
 POLL_S = 0.3
 
 
-def run_under_ray(config: PPOConfig) -> Path:
+def run_under_ray(program: Program) -> Path:
     """Runs on the cluster of RAY_ADDRESS, or on one that is started here and ended after the run; returns the run folder.
 
     Raises:
         UserError: anything the user can mend.
     """
-    check_run(config)
-    with cluster(config):
-        check_placement(demands(config), cluster_nodes())
-        root = RunFolder.create(config.run.output_dir, config.run.name, config.run.overwrite).root
+    program.check()
+    run = program.config.run
+    with cluster(program.demands()):
+        check_placement(program.demands(), cluster_nodes())
+        root = RunFolder.create(run.output_dir, run.name, run.overwrite).root
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         remote: Any = ray.remote(CoordinatorActor)
-        actor = remote.options(num_cpus=0, max_concurrency=2, scheduling_strategy=here).remote(config, str(root), os.getcwd())
+        actor = remote.options(num_cpus=0, max_concurrency=2, scheduling_strategy=here).remote(program, str(root), os.getcwd())
         reporter = ConsoleReporter()
         try:
             _follow(actor, actor.run.remote(), reporter)
@@ -52,15 +48,15 @@ def run_under_ray(config: PPOConfig) -> Path:
 class CoordinatorActor:
     """The coordinator's process. `events` answers while `run` runs (two threads)."""
 
-    def __init__(self, config: PPOConfig, root: str, folder: str) -> None:
+    def __init__(self, program: Program, root: str, folder: str) -> None:
         os.chdir(folder)
-        self._config, self._root = config, root
+        self._program, self._root = program, root
         self._reporter = BufferedReporter()
 
     def run(self) -> dict[str, Any]:
         """The whole run; returns the summary. The groups end with it, whatever happens."""
-        with closing(Recorder(RunFolder.open(self._root))) as recorder, ray_groups(self._config) as groups:
-            return PPOCoordinator(self._config, groups, recorder, self._reporter).run()
+        with closing(Recorder(RunFolder.open(self._root))) as recorder, ray_groups(self._program) as groups:
+            return self._program.run(groups, recorder, self._reporter)
 
     def events(self, since: int) -> list[Event]:
         """Progress since an event number."""
@@ -68,24 +64,24 @@ class CoordinatorActor:
 
 
 @contextmanager
-def ray_groups(config: PPOConfig) -> Iterator[Groups]:
-    """The run's groups, placed and loaded side by side, and ended at the end."""
-    groups: dict[str, Any] = {}
+def ray_groups(program: Program) -> Iterator[dict[str, RayGroup]]:
+    """The run's groups by role, placed and loaded side by side, and ended at the end."""
+    groups: dict[str, RayGroup] = {}
     try:
-        for demand in demands(config):
-            groups[demand.role] = RayGroup(demand, functools.partial(build_worker, demand.role, config), config.placement)
+        for demand in program.demands():
+            groups[demand.role] = RayGroup(demand, program.factory(demand.role), program.config.placement)
         for group in groups.values():
             group.begin_start()
         for group in groups.values():
             group.finish_start()
-        yield Groups(**groups)
+        yield groups
     finally:
         for group in groups.values():
             group.close()
 
 
 @contextmanager
-def cluster(config: PPOConfig) -> Iterator[None]:
+def cluster(wanted: Sequence[Demand]) -> Iterator[None]:
     """Connects to RAY_ADDRESS, or starts a local cluster with as many CPUs as the run asks for: ranks share cores on a small machine."""
     if ray.is_initialized():
         yield
@@ -94,7 +90,7 @@ def cluster(config: PPOConfig) -> Iterator[None]:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**options)
     else:
-        asked = sum(demand.cpus * demand.ranks for demand in demands(config))
+        asked = sum(demand.cpus * demand.ranks for demand in wanted)
         ray.init(address="local", num_cpus=max(math.ceil(asked), os.cpu_count() or 1), include_dashboard=False, **options)
     try:
         yield

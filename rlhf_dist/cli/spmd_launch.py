@@ -1,4 +1,4 @@
-"""PPO inside the processes of the deepspeed launcher (or torchrun), or in one plain process: no Ray."""
+"""A stage inside the processes of the deepspeed launcher (or torchrun), or in one plain process: no Ray."""
 
 from __future__ import annotations
 
@@ -9,20 +9,16 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from rlhf_dist.cli.checks import check_run
+from rlhf_dist.cli.programs import Program, program_of
 from rlhf_dist.config.errors import UserError
-from rlhf_dist.config.ppo import PPOConfig
-from rlhf_dist.coordinator.ppo import PPOCoordinator
-from rlhf_dist.coordinator.shards import Groups
 from rlhf_dist.engines.process import Rank, free_port, launched_world_size, start_process_group, stop_process_group
 from rlhf_dist.runs.folder import RunFolder
 from rlhf_dist.runs.progress import ConsoleReporter, NullReporter
 from rlhf_dist.runs.recorder import Recorder
-from rlhf_dist.workers.roles import build_worker, needed_roles
 from rlhf_dist.workers.spmd_group import SpmdGroup, agree
 
 
-def run_under_launcher(config: PPOConfig) -> tuple[Path, bool]:
+def run_under_launcher(program: Program) -> tuple[Path, bool]:
     """Runs on this rank; returns the run folder, and whether this is rank 0.
 
     Raises:
@@ -31,41 +27,41 @@ def run_under_launcher(config: PPOConfig) -> tuple[Path, bool]:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     rank = _join()
     try:
-        config = spanning_all_ranks(config, rank.world_size)
-        root = agree(rank, lambda: _prepare(config))
+        program = spanning_all_ranks(program, rank.world_size)
+        root = agree(rank, lambda: _prepare(program))
         recorder = Recorder(RunFolder.open(root) if rank.rank == 0 else None)
         reporter = ConsoleReporter() if rank.rank == 0 else NullReporter()
-        with closing(recorder), closing(reporter), spmd_groups(config, rank) as groups:
-            PPOCoordinator(config, groups, recorder, reporter).run()
+        with closing(recorder), closing(reporter), spmd_groups(program, rank) as groups:
+            program.run(groups, recorder, reporter)
         return root, rank.rank == 0
     finally:
         stop_process_group()
 
 
 @contextmanager
-def spmd_groups(config: PPOConfig, rank: Rank) -> Iterator[Groups]:
+def spmd_groups(program: Program, rank: Rank) -> Iterator[dict[str, SpmdGroup]]:
     """The run's groups inside this process; they let their models go at the end."""
     groups: dict[str, SpmdGroup] = {}
     try:
-        for role in needed_roles(config):
-            groups[role] = SpmdGroup(role, build_worker(role, config, rank), rank)
-        yield Groups(**groups)  # type: ignore[arg-type]  # a group takes its own kind of handles only
+        for demand in program.demands():
+            groups[demand.role] = SpmdGroup(demand.role, program.factory(demand.role)(rank), rank)
+        yield groups
     finally:
         for group in groups.values():
             group.close()
 
 
-def spanning_all_ranks(config: PPOConfig, world_size: int) -> PPOConfig:
+def spanning_all_ranks(program: Program, world_size: int) -> Program:
     """Every engine spans all ranks here, so the config that is saved says so.
 
     Raises:
         UserError: a config that does not fit so many ranks.
     """
-    values = config.model_dump()
-    for role in ("policy", "reference", "value", "reward"):
-        values[role]["ranks"] = world_size
+    values = program.config.model_dump()
+    for section in program.sections:
+        values[section]["ranks"] = world_size
     try:
-        return PPOConfig.model_validate(values)
+        return program_of(type(program.config).model_validate(values))
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise UserError(f"the config does not fit {world_size} ranks: {reason}", where="launcher", fix="start fewer ranks") from None
@@ -80,6 +76,7 @@ def _join() -> Rank:
     return start_process_group(int(place["RANK"]), world_size, int(local), address, int(port))
 
 
-def _prepare(config: PPOConfig) -> Path:
-    check_run(config)
-    return RunFolder.create(config.run.output_dir, config.run.name, config.run.overwrite).root
+def _prepare(program: Program) -> Path:
+    program.check()
+    run = program.config.run
+    return RunFolder.create(run.output_dir, run.name, run.overwrite).root

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from rlhf_dist.cli.paths import with_absolute_paths
+from rlhf_dist.cli.programs import PPOProgram
 from rlhf_dist.cli.ray_launch import cluster_nodes, run_under_ray
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.config.ppo import PPOConfig
@@ -53,7 +54,7 @@ def test_what_can_never_be_placed_is_refused_in_seconds(
     if "reward__cpus_per_rank" in changes:
         changes = changes | {"reward__cpus_per_rank": 1.0}
     with pytest.raises(UserError, match=message):
-        run_under_ray(config(ppo_values, **changes))
+        run_under_ray(PPOProgram(config(ppo_values, **changes)))
     assert time.monotonic() - began < 10
     assert not Path(ppo_values["run"]["output_dir"]).exists(), "nothing was begun"
 

@@ -6,13 +6,18 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from rlhf_dist.cli import spmd_launch
+from rlhf_dist.cli import programs, spmd_launch
+from rlhf_dist.cli.programs import PPOProgram
 from rlhf_dist.cli.spmd_launch import run_under_launcher, spanning_all_ranks, spmd_groups
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.config.ppo import PPOConfig
 from rlhf_dist.engines.process import Rank
 
 HERE = Rank(0, 1, 0, "cpu")
+
+
+def program(values: dict[str, Any]) -> PPOProgram:
+    return PPOProgram(PPOConfig.model_validate(values))
 
 
 class Closed:
@@ -26,20 +31,20 @@ class Closed:
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[Closed]:
     groups: list[Closed] = []
-    monkeypatch.setattr(spmd_launch, "build_worker", lambda role, config, rank: f"{role} worker")
+    monkeypatch.setattr(programs, "build_worker", lambda role, config, rank: f"{role} worker")
     monkeypatch.setattr(spmd_launch, "SpmdGroup", lambda *given: groups.append(Closed(*given)) or groups[-1])
     return groups
 
 
 def test_groups_are_those_that_the_run_needs_and_end_with_it(ppo_values: dict[str, Any], made: list[Closed]) -> None:
-    with pytest.raises(KeyError), spmd_groups(PPOConfig.model_validate(ppo_values), HERE) as groups:
-        assert [group.name for group in groups.all()] == ["policy", "reward", "reference", "value"]
+    with pytest.raises(KeyError), spmd_groups(program(ppo_values), HERE) as groups:
+        assert list(groups) == ["policy", "reference", "value", "reward"]
         raise KeyError
     assert len(made) == 4 and all(group.closed for group in made)
     del made[:]
-    config = PPOConfig.model_validate(ppo_values | {"algorithm": {"estimator": "rloo"}, "policy": ppo_values["policy"] | {"lora": {}}})
-    with spmd_groups(config, HERE) as groups:
-        assert [group.name for group in groups.all()] == ["policy", "reward"]
+    small = program(ppo_values | {"algorithm": {"estimator": "rloo"}, "policy": ppo_values["policy"] | {"lora": {}}})
+    with spmd_groups(small, HERE) as groups:
+        assert list(groups) == ["policy", "reward"]
 
 
 def test_groups_that_were_made_end_when_another_cannot_be(
@@ -50,23 +55,24 @@ def test_groups_that_were_made_end_when_another_cannot_be(
             raise UserError("no such value model")
         return role
 
-    monkeypatch.setattr(spmd_launch, "build_worker", build)
-    with pytest.raises(UserError, match="no such value model"), spmd_groups(PPOConfig.model_validate(ppo_values), HERE):
+    monkeypatch.setattr(programs, "build_worker", build)
+    with pytest.raises(UserError, match="no such value model"), spmd_groups(program(ppo_values), HERE):
         raise AssertionError("not reached")
     assert [group.name for group in made if group.closed] == ["policy", "reference"]
 
 
 def test_every_engine_spans_all_ranks(ppo_values: dict[str, Any]) -> None:
-    config = spanning_all_ranks(PPOConfig.model_validate(ppo_values), 4)
+    spanning = spanning_all_ranks(program(ppo_values), 4)
+    config = spanning.config
     assert {config.policy.ranks, config.reference.ranks, config.value.ranks, config.reward.ranks} == {4}
-    assert spanning_all_ranks(config, 1) == PPOConfig.model_validate(ppo_values)
+    assert spanning_all_ranks(spanning, 1).config == PPOConfig.model_validate(ppo_values)
 
 
 def test_more_ranks_than_the_config_has_work_for(ppo_values: dict[str, Any]) -> None:
     with pytest.raises(
         UserError, match=r"^the config does not fit 9 ranks: rollout.prompts_per_step is smaller than policy.ranks"
     ) as error:
-        spanning_all_ranks(PPOConfig.model_validate(ppo_values), 9)
+        spanning_all_ranks(program(ppo_values), 9)
     assert error.value.fix == "start fewer ranks" and "pydantic" not in str(error.value)
 
 
@@ -77,7 +83,7 @@ def test_one_plain_process_is_rank_0_of_1(ppo_values: dict[str, Any], launched: 
         monkeypatch.delenv(name, raising=False)
     for name, value in launched.items():
         monkeypatch.setenv(name, value)
-    root, first = run_under_launcher(PPOConfig.model_validate(ppo_values | {"run": ppo_values["run"] | {"steps": 1}}))
+    root, first = run_under_launcher(program(ppo_values | {"run": ppo_values["run"] | {"steps": 1}}))
     assert (root, first) == (Path(ppo_values["run"]["output_dir"]) / "test", True)
     assert (root / "summary.json").is_file()
     assert not dist.is_initialized()
@@ -86,19 +92,19 @@ def test_one_plain_process_is_rank_0_of_1(ppo_values: dict[str, Any], launched: 
 def test_a_fault_leaves_no_process_group_and_room_for_the_next_try(
     ppo_values: dict[str, Any], reward_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = PPOConfig.model_validate(ppo_values | {"run": ppo_values["run"] | {"steps": 1}})
-    build = spmd_launch.build_worker
+    config = program(ppo_values | {"run": ppo_values["run"] | {"steps": 1}})
+    build = programs.build_worker
 
     def failing(role: str, *given: Any) -> Any:
         if role == "reward":
             raise UserError("a reward model without weights")
         return build(role, *given)
 
-    monkeypatch.setattr(spmd_launch, "build_worker", failing)
+    monkeypatch.setattr(programs, "build_worker", failing)
     with pytest.raises(UserError, match="without weights"):
         run_under_launcher(config)
     assert not dist.is_initialized()
-    monkeypatch.setattr(spmd_launch, "build_worker", build)
+    monkeypatch.setattr(programs, "build_worker", build)
     run_under_launcher(config)  # no run.overwrite needed
     with pytest.raises(UserError, match="exists and is not empty"):
         run_under_launcher(config)

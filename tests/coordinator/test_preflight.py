@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf_dist.cli.programs import PPOProgram
 from rlhf_dist.cli.spmd_launch import spmd_groups
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.config.ppo import PPOConfig
@@ -29,7 +30,8 @@ def config(tiny_run: Callable[[Path], dict[str, Any]], tmp_path_factory: pytest.
 def groups(config: PPOConfig) -> Iterator[Groups]:
     """The real engines of the tiny run, in this process."""
     rank = start_process_group(0, 1, 0, "127.0.0.1", free_port())
-    with spmd_groups(config, rank) as groups:
+    with spmd_groups(PPOProgram(config), rank) as by_role:
+        groups = Groups(**by_role)
         groups.policy.collect(groups.policy.submit(PolicyRole.sync_weights, [(0,)]))
         yield groups
     stop_process_group()

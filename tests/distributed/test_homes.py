@@ -12,6 +12,7 @@ import yaml
 
 from rlhf_dist.cli.main import main
 from rlhf_dist.cli.paths import with_absolute_paths
+from rlhf_dist.cli.programs import PPOProgram
 from rlhf_dist.cli.ray_launch import run_under_ray
 from rlhf_dist.config.ppo import PPOConfig
 from rlhf_dist.runs.metrics import read_metrics
@@ -52,7 +53,8 @@ def runs(
 
     run_ranks(PROGRAM, 2, "ppo", "--config", str(file("launched", "spmd")))
     main(["ppo", "--config", str(file("plain", "spmd"))])
-    run_under_ray(with_absolute_paths(PPOConfig.model_validate(yaml.safe_load(file("ray", "ray").read_text()))))
+    config = PPOConfig.model_validate(yaml.safe_load(file("ray", "ray").read_text()))
+    run_under_ray(PPOProgram(with_absolute_paths(config)))
     return {name: root / name for name in ("launched", "plain", "ray")}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from rlhf_dist.cli.programs import PPOProgram
 from rlhf_dist.cli.ray_launch import ray_groups
 from rlhf_dist.config.ppo import PPOConfig
 from rlhf_dist.contracts.roles import PolicyRole
@@ -47,7 +48,8 @@ def config(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, prompts_f
 
 @pytest.fixture(scope="module")
 def groups(config: PPOConfig, ray_session: None) -> Iterator[Groups]:
-    with ray_groups(config) as groups:
+    with ray_groups(PPOProgram(config)) as by_role:
+        groups = Groups(**by_role)
         groups.policy.collect(groups.policy.submit(PolicyRole.sync_weights, [(0,)]))
         yield groups
 

@@ -1,0 +1,75 @@
+"""What a launcher must know of a stage: what to check, which groups to start, what to run over them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from rlhf_dist.cli.checks import check_run
+from rlhf_dist.config.ppo import PPOConfig
+from rlhf_dist.coordinator.ppo import PPOCoordinator
+from rlhf_dist.coordinator.shards import Groups
+from rlhf_dist.engines.process import Rank
+from rlhf_dist.runs.progress import Reporter
+from rlhf_dist.runs.recorder import Recorder
+from rlhf_dist.workers.placement import Demand, demands
+from rlhf_dist.workers.roles import ROLES, build_worker
+
+
+class Program(Protocol):
+    """A stage, composed. Pickled to the coordinator's process under Ray, so it holds the config and nothing else."""
+
+    config: Any
+    sections: tuple[str, ...]
+    """The config sections that have ranks."""
+
+    def check(self) -> Any:
+        """Finds what can be found wrong before a process is started."""
+        ...
+
+    def demands(self) -> list[Demand]:
+        """The groups it needs."""
+        ...
+
+    def factory(self, role: str) -> Callable[[Rank], Any]:
+        """Makes a role's worker on a rank."""
+        ...
+
+    def run(self, groups: Mapping[str, Any], recorder: Recorder, reporter: Reporter) -> dict[str, Any]:
+        """The stage over its groups; returns the summary."""
+        ...
+
+
+class PPOProgram:
+    """PPO: up to four roles and the coordinator."""
+
+    sections = ROLES
+
+    def __init__(self, config: PPOConfig) -> None:
+        self.config = config
+
+    def check(self) -> Any:
+        """Models, data, rewards, DeepSpeed files."""
+        return check_run(self.config)
+
+    def demands(self) -> list[Demand]:
+        """A group a role."""
+        return demands(self.config)
+
+    def factory(self, role: str) -> Callable[[Rank], Any]:
+        """The role's worker."""
+        return functools.partial(build_worker, role, self.config)
+
+    def run(self, groups: Mapping[str, Any], recorder: Recorder, reporter: Reporter) -> dict[str, Any]:
+        """The PPO loop."""
+        return PPOCoordinator(self.config, Groups(**groups), recorder, reporter).run()
+
+
+PROGRAMS: dict[type, Any] = {PPOConfig: PPOProgram}
+
+
+def program_of(config: Any) -> Program:
+    """The stage that a config belongs to."""
+    program: Program = PROGRAMS[type(config)](config)
+    return program

@@ -1,0 +1,31 @@
+"""A config finds its stage, and the stage names the groups it needs."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+
+from rlhf_dist.cli.programs import PPOProgram, program_of
+from rlhf_dist.config.ppo import PPOConfig
+
+
+def test_a_config_finds_its_stage(ppo_values: dict[str, Any]) -> None:
+    program = program_of(PPOConfig.model_validate(ppo_values))
+    assert isinstance(program, PPOProgram)
+    assert [demand.role for demand in program.demands()] == ["policy", "reference", "value", "reward"]
+    assert set(program.sections) == {"policy", "reference", "value", "reward"}
+    with pytest.raises(KeyError):
+        program_of(object())
+
+
+def test_it_travels_to_the_coordinators_process(ppo_values: dict[str, Any]) -> None:
+    program = program_of(PPOConfig.model_validate(ppo_values))
+    again = pickle.loads(pickle.dumps(program))
+    assert again.config == program.config
+    assert again.factory("value").args == ("value", program.config)
+
+
+def test_its_check_is_that_of_the_run(ppo_values: dict[str, Any]) -> None:
+    assert program_of(PPOConfig.model_validate(ppo_values)).check()["rewards"] == "even"
