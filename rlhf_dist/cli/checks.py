@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,10 +43,21 @@ def check_run(config: PPOConfig) -> dict[str, Any]:
 def _check_engines(config: PPOConfig) -> None:
     trained = {"policy": config.policy.optim.clip_norm, "value": config.value.optim.clip_norm}
     for role in needed_roles(config):
-        section = section_of(config, role)
-        resolve_deepspeed(section.deepspeed, dtype=section.dtype, clip_norm=trained.get(role, 0.0), trains=role in trained)
-        if section.dtype == "fp16" and not _has_gpu(section, config.placement.launcher):
-            raise UserError("DeepSpeed refuses fp16 on a CPU", where=f"{role}.dtype", fix=f"use bf16 or fp32, or give {role} a GPU")
+        check_engine(role, section_of(config, role), config.placement.launcher, trained=trained.get(role))
+
+
+def check_engine(role: str, section: EngineSection, launcher: str, *, trained: float | None) -> None:
+    """A role's DeepSpeed file and precision.
+
+    Args:
+        role: as the config names it. section: its section. launcher: ray or spmd. trained: gradient clip, None for a frozen engine.
+
+    Raises:
+        UserError: a file that contradicts the config, or fp16 on a CPU.
+    """
+    resolve_deepspeed(section.deepspeed, dtype=section.dtype, clip_norm=trained or 0.0, trains=trained is not None)
+    if section.dtype == "fp16" and not _has_gpu(section, launcher):
+        raise UserError("DeepSpeed refuses fp16 on a CPU", where=f"{role}.dtype", fix=f"use bf16 or fp32, or give {role} a GPU")
 
 
 def _has_gpu(section: EngineSection, launcher: str) -> bool:
@@ -67,11 +79,30 @@ def _check_models(config: PPOConfig) -> PreTrainedTokenizerBase:
                 where="data.max_prompt_tokens, rollout.max_new_tokens",
                 fix=f"lower one of them: their sum may be {context} at most",
             )
+    tokenizer = load_tokenizer(config.policy.model, trust_remote_code=config.policy.trust_remote_code)
+    for role, path in paths.items():
+        if path and path != config.policy.model:
+            _check_vocabulary(role, path, tokenizer, trust_remote_code=getattr(config, role).trust_remote_code)
     for source in config.reward.sources:
         if source.kind == "model":
             load_config(source.model, trust_remote_code=config.reward.trust_remote_code)
             load_tokenizer(source.model, trust_remote_code=config.reward.trust_remote_code)
-    return load_tokenizer(config.policy.model, trust_remote_code=config.policy.trust_remote_code)
+    return tokenizer
+
+
+def _check_vocabulary(role: str, path: str, tokenizer: PreTrainedTokenizerBase, *, trust_remote_code: bool) -> None:
+    """Reference and value model read the policy's token ids."""
+    model = load_config(path, trust_remote_code=trust_remote_code)
+    fix = f"give a {role} model that was trained with the policy's tokenizer"
+    if model.get_text_config().vocab_size < len(tokenizer):
+        known = model.get_text_config().vocab_size
+        raise UserError(
+            f"the {role} model knows {known} tokens, the policy's tokenizer has {len(tokenizer)}", where=f"{role}.model", fix=fix
+        )
+    if any((Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        own = load_tokenizer(path, trust_remote_code=trust_remote_code)
+        if own.get_vocab() != tokenizer.get_vocab():
+            raise UserError(f"the {role} model has another vocabulary than the policy", where=f"{role}.model", fix=fix)
 
 
 def _check_rewards(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> None:

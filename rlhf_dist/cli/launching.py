@@ -14,9 +14,9 @@ def launch(config: Any) -> tuple[Path, bool]:
     Raises:
         UserError: anything the user can mend.
     """
+    quiet_libraries()  # before the libraries are imported: some speak while they load
     from rlhf_dist.cli.programs import program_of
 
-    quiet_libraries()
     program = program_of(config)
     if config.placement.launcher == "spmd":
         from rlhf_dist.cli.spmd_launch import run_under_launcher

@@ -13,7 +13,9 @@ from rich.text import Text
 
 from rlhf_dist import __version__
 from rlhf_dist.cli import config as config_command
+from rlhf_dist.cli import data as data_command
 from rlhf_dist.cli import ppo as ppo_command
+from rlhf_dist.cli import sft as sft_command
 from rlhf_dist.cli import toy as toy_command
 from rlhf_dist.config.errors import UserError
 
@@ -24,6 +26,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(config_command.app, name="config")
+app.add_typer(data_command.app, name="data")
+app.command("sft")(sft_command.sft)
 app.command("ppo")(ppo_command.ppo)
 app.command("toy")(toy_command.toy)
 

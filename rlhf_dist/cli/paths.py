@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from rlhf_dist.config.ppo import PPOConfig
+from pydantic import BaseModel
+
+C = TypeVar("C", bound=BaseModel)
+FILES, LISTS, MODELS = ("output_dir", "deepspeed"), ("train", "eval"), ("model",)
 
 
-def with_absolute_paths(config: PPOConfig, base: Path | None = None) -> PPOConfig:
-    """A copy with absolute paths.
+def with_absolute_paths(config: C, base: Path | None = None) -> C:
+    """A copy with absolute paths, in whatever section they stand.
 
     Args:
-        config: as loaded.
+        config: as loaded, of any stage.
         base: what relative paths are relative to; the current folder by default.
     """
     base = base or Path.cwd()
     values = config.model_dump()
-    values["run"]["output_dir"] = _file(values["run"]["output_dir"], base)
-    for split in ("train", "eval"):
-        values["data"][split] = [_file(path, base) for path in values["data"][split]]
-    for role in ("policy", "reference", "value", "reward"):
-        section = values[role]
-        section["deepspeed"] = _file(section["deepspeed"], base)
-        if "model" in section:
-            section["model"] = _model(section["model"], base)
-    for source in values["reward"]["sources"]:
+    for section in values.values():
+        _section(section, base)
+    return type(config).model_validate(values)
+
+
+def _section(section: dict[str, Any], base: Path) -> None:
+    for key, value in section.items():
+        if key in FILES:
+            section[key] = _file(value, base)
+        elif key in LISTS:
+            section[key] = [_file(path, base) for path in value]
+        elif key in MODELS and isinstance(value, str):
+            section[key] = _model(value, base)
+    for source in section.get("sources", ()):
         _source(source, base)
-    return PPOConfig.model_validate(values)
 
 
 def _file(path: str, base: Path) -> str:

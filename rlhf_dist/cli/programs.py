@@ -7,14 +7,19 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from rlhf_dist.cli.checks import check_run
+from rlhf_dist.cli.sft_checks import check_sft
 from rlhf_dist.config.ppo import PPOConfig
+from rlhf_dist.config.sft import SFTConfig
 from rlhf_dist.coordinator.ppo import PPOCoordinator
 from rlhf_dist.coordinator.shards import Groups
 from rlhf_dist.engines.process import Rank
 from rlhf_dist.runs.progress import Reporter
 from rlhf_dist.runs.recorder import Recorder
+from rlhf_dist.training.sft import SFT
+from rlhf_dist.training.supervised import SupervisedLoop
 from rlhf_dist.workers.placement import Demand, demands
 from rlhf_dist.workers.roles import ROLES, build_worker
+from rlhf_dist.workers.sft import build_sft
 
 
 class Program(Protocol):
@@ -66,7 +71,33 @@ class PPOProgram:
         return PPOCoordinator(self.config, Groups(**groups), recorder, reporter).run()
 
 
-PROGRAMS: dict[type, Any] = {PPOConfig: PPOProgram}
+class SFTProgram:
+    """Supervised fine-tuning: one role, one loop."""
+
+    sections = ("model",)
+
+    def __init__(self, config: SFTConfig) -> None:
+        self.config = config
+
+    def check(self) -> Any:
+        """Model, data, DeepSpeed file."""
+        return check_sft(self.config)
+
+    def demands(self) -> list[Demand]:
+        """The one group."""
+        section = self.config.model
+        return [Demand("model", section.ranks, section.cpus_per_rank, section.gpus_per_rank, self.config.placement.strategy)]
+
+    def factory(self, role: str) -> Callable[[Rank], Any]:
+        """The one worker."""
+        return functools.partial(build_sft, self.config)
+
+    def run(self, groups: Mapping[str, Any], recorder: Recorder, reporter: Reporter) -> dict[str, Any]:
+        """The supervised loop."""
+        return SupervisedLoop(SFT, self.config, groups["model"], recorder, reporter).run()
+
+
+PROGRAMS: dict[type, Any] = {PPOConfig: PPOProgram, SFTConfig: SFTProgram}
 
 
 def program_of(config: Any) -> Program:

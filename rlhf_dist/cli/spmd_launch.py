@@ -60,8 +60,10 @@ def spanning_all_ranks(program: Program, world_size: int) -> Program:
     values = program.config.model_dump()
     for section in program.sections:
         values[section]["ranks"] = world_size
+    kind = type(program.config)
     try:
-        return program_of(type(program.config).model_validate(values))
+        kind.model_validate(values | {"placement": values["placement"] | {"launcher": "ray"}})  # there the ranks count
+        return program_of(kind.model_validate(values))
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise UserError(f"the config does not fit {world_size} ranks: {reason}", where="launcher", fix="start fewer ranks") from None

@@ -38,7 +38,8 @@ class PPOConfig(Section):
             raise ValueError(
                 f"algorithm.estimator {self.algorithm.estimator} compares a prompt's samples: rollout.samples_per_prompt must be at least 2"
             )
-        if self.rollout.prompts_per_step < self.policy.ranks * self.rollout.shards_per_rank:
+        # The deepspeed launcher decides the ranks itself; what it decided is checked there.
+        if self.placement.launcher == "ray" and self.rollout.prompts_per_step < self.policy.ranks * self.rollout.shards_per_rank:
             raise ValueError(
                 "rollout.prompts_per_step is smaller than policy.ranks × rollout.shards_per_rank: some ranks would have nothing to generate"
             )

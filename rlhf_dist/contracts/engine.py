@@ -50,8 +50,8 @@ class Engine(Protocol):
         """Clips, steps, advances the schedule, clears the gradient."""
         ...
 
-    def export_weights(self) -> Iterator[dict[str, Tensor]]:
-        """The full weights in buckets of bounded size, under Hugging Face names, on every rank."""
+    def export_weights(self, merged: bool = True) -> Iterator[dict[str, Tensor]]:
+        """Weights in buckets of bounded size, on every rank: all of them under Hugging Face names, or the trained ones as they are."""
         ...
 
     def save(self, folder: Path) -> None:

@@ -37,7 +37,10 @@ class GenerateRequest:
 
 @dataclass(frozen=True)
 class RolloutInfo:
-    """A generated shard in numbers: one entry a sample, in row order; seconds are this rank's."""
+    """A generated shard in numbers: one entry a sample, in row order; seconds are this rank's.
+
+    dropped_prompts, truncated_prompts: too long ones, in the shard's part of the stream of prompts.
+    """
 
     prompt_ids: tuple[int, ...]
     sample_indices: tuple[int, ...]
@@ -47,6 +50,8 @@ class RolloutInfo:
     versions: tuple[int, ...]
     seconds: float
     tally: Tally = field(default_factory=Tally)
+    dropped_prompts: int = 0
+    truncated_prompts: int = 0
 
 
 @dataclass(frozen=True)

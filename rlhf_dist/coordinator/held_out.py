@@ -49,7 +49,7 @@ def evaluate(groups: Groups, yardstick: Yardstick, batch: Batch, version: int, p
     score(groups, shards, with_value=False)
     collect_rollouts(groups.policy, shards)
     collect_scores(groups, shards)
-    judged = yardstick.judge(shards, batch.samples)
+    judged = yardstick.judge(shards, 1)  # an abstention takes its own sample away, not those it is never compared with
     details = [judged.of(shards, index).details() for index in range(len(shards))]
     given = (path, [shard.rollouts for shard in shards], [shard.pieces for shard in shards], details)
     written = groups.policy.collect(groups.policy.submit(PolicyRole.write_rollouts, [given] * groups.policy.world_size))[0]

@@ -44,9 +44,16 @@ class StepOutcome:
         """Samples left out with their groups, because no reward judged one of the group."""
         return len(self.judged.keep) - sum(self.judged.keep)
 
+    @property
+    def dropped_prompts(self) -> int:
+        """Prompts that were dropped as too long before those of this step."""
+        return sum(shard.info.dropped_prompts for shard in self.shards if shard.info is not None)
+
     def metrics(self) -> dict[str, float]:
         """All metrics of the step under the names the ecosystem knows."""
         sampled = [shard.info.tally for shard in self.shards if shard.info is not None]
         counted = merged([*sampled, self.judged.tally, self.experience.tally]).means()
         moved = {"coordinator/bytes_per_sample": self.bytes_moved / len(self.judged.keep)}
-        return counted | self.report.metrics | self.clock.metrics() | moved
+        truncated = sum(shard.info.truncated_prompts for shard in self.shards if shard.info is not None)
+        fates = {"data/dropped_prompts": float(self.dropped_prompts), "data/truncated_prompts": float(truncated)}
+        return counted | self.report.metrics | self.clock.metrics() | moved | fates

@@ -6,6 +6,7 @@ in an actor; under the deepspeed launcher, and in one plain process, every rank 
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -111,11 +112,16 @@ class PPOCoordinator:
         return Batch("train", step, self.state.prompt_cursor, self.config.rollout.prompts_per_step, self.config.rollout.samples_per_prompt)
 
     def _estimate(self, shards: Sequence[Shard], judged: Judged) -> Experience:
-        """`reinforce` has no running mean yet at step 0: there the scores' own mean takes its place (KL is 0 then)."""
-        kept = [score for score, keep in zip(judged.scores, judged.keep, strict=True) if keep]
-        baseline = sum(kept) / len(kept) if self.state.step == 0 else self.state.baseline
-        coefficients = Coefficients(self.state.kl_coef, baseline)
-        return estimate(self.groups.policy, shards, judged, coefficients, whiten_rewards=self.config.algorithm.whiten_rewards)
+        """`reinforce` has no running mean yet at step 0: there the mean return of the step itself takes its place."""
+        algorithm = self.config.algorithm
+        ask = functools.partial(estimate, self.groups.policy, shards, judged, whiten_rewards=algorithm.whiten_rewards)
+        experience = ask(Coefficients(self.state.kl_coef, self.state.baseline))
+        if algorithm.estimator == "reinforce" and self.state.step == 0:
+            experience = ask(Coefficients(self.state.kl_coef, experience.tally.means()["objective/rlhf_reward"]))
+        if algorithm.whitens_advantages and experience.advantages.count < 2:
+            fix = "sample more or longer completions, or set algorithm.whiten_advantages=false"
+            raise UserError(f"whitening needs two tokens at least, the step has {experience.advantages.count}", where="advantages", fix=fix)
+        return experience
 
     def _sync_weights(self, version: int) -> None:
         policy = self.groups.policy
@@ -161,6 +167,7 @@ class PPOCoordinator:
         state.optimizer_steps += outcome.report.policy_steps
         state.reward_mixer = dict(self.mixer.state_dict())
         state.count_dropped("every reward abstained", outcome.dropped)
+        state.count_dropped("prompt longer than data.max_prompt_tokens", outcome.dropped_prompts)
 
     def _evaluate(self, step: int) -> dict[str, float]:
         if not self._held_out_prompts:

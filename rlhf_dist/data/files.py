@@ -44,6 +44,21 @@ def iter_rows(path: str, *, text_columns: Sequence[str] = ()) -> Iterator[tuple[
     Raises:
         UserError: missing or unreadable file, unknown ending, no rows, or a row that cannot be read, named by file and line.
     """
+    for number, row in iter_rows_and_errors(path, text_columns=text_columns):
+        if isinstance(row, UserError):
+            raise row
+        yield number, row
+
+
+def iter_rows_and_errors(path: str, *, text_columns: Sequence[str] = ()) -> Iterator[tuple[int, Row | UserError]]:
+    """As `iter_rows`, but a row that cannot be read is yielded as its error and the next ones follow, where the format allows it.
+
+    JSON lines can go on after a line that is not UTF-8, not JSON or blank; binary tables after text that is not UTF-8. A faulty CSV
+    row, and an archive that is cut short, still end the file.
+
+    Raises:
+        UserError: missing or damaged file, unknown ending, no rows, or a CSV row that cannot be read.
+    """
     suffix, gzipped = _suffix(path)
     count = 0
     try:
@@ -84,7 +99,7 @@ def _suffix(path: str) -> tuple[str, bool]:
     return suffix, gzipped
 
 
-def _reader(suffix: str, gzipped: bool, path: str, text_columns: tuple[str, ...]) -> Iterator[Row]:
+def _reader(suffix: str, gzipped: bool, path: str, text_columns: tuple[str, ...]) -> Iterator[Row | UserError]:
     if suffix in JSON_LINES:
         return _json_rows(path, gzipped)
     if suffix == ".csv":
@@ -96,18 +111,27 @@ def _open(path: str, gzipped: bool) -> pa.NativeFile:
     return pa.input_stream(path, compression="gzip" if gzipped else None)
 
 
-def _json_rows(path: str, gzipped: bool) -> Iterator[Row]:
-    blank = 0
+def _json_rows(path: str, gzipped: bool) -> Iterator[Row | UserError]:
+    blanks = 0
     with _open(path, gzipped) as stream, io.BufferedReader(stream, 1 << 20) as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
-                blank = blank or number
+                blanks += 1
                 continue
-            if blank:
-                raise UserError(
-                    "a blank line between rows", where=f"{path}:{blank}", fix="remove it; only the end of the file may be blank"
-                )
-            yield _parse(line, f"{path}:{number}", first=number == 1)
+            yield from (_blank(f"{path}:{gap}") for gap in range(number - blanks, number))
+            blanks = 0
+            yield _row_or_error(line, f"{path}:{number}", first=number == 1)
+
+
+def _row_or_error(line: bytes, where: str, *, first: bool) -> Row | UserError:
+    try:
+        return _parse(line, where, first=first)
+    except UserError as error:
+        return error
+
+
+def _blank(where: str) -> UserError:
+    return UserError("a blank line between rows", where=where, fix="remove it; only the end of the file may be blank")
 
 
 def _parse(line: bytes, where: str, *, first: bool) -> Row:
@@ -130,7 +154,7 @@ def _json_kind(value: object) -> str:
     return names.get(type(value), "number")
 
 
-def _table_rows(path: str, batches: Callable[[], Iterator[pa.RecordBatch]]) -> Iterator[Row]:
+def _table_rows(path: str, batches: Callable[[], Iterator[pa.RecordBatch]]) -> Iterator[Row | UserError]:
     row = 0
     for batch in batches():
         _refuse_double_columns(batch.schema.names, path)
@@ -145,13 +169,13 @@ def _refuse_double_columns(names: list[str], path: str) -> None:
         raise UserError(f"two columns are called {doubles[0]!r}", where=path, fix="rename one")
 
 
-def _to_python(batch: pa.RecordBatch, path: str, first_row: int) -> list[Row]:
+def _to_python(batch: pa.RecordBatch, path: str, first_row: int) -> list[Row | UserError]:
     try:
         return batch.to_pylist()
     except UnicodeDecodeError as error:
         if batch.num_rows > 1:  # find the one
             return [row for i in range(batch.num_rows) for row in _to_python(batch.slice(i, 1), path, first_row + i)]
-        raise UserError(f"not UTF-8 text: {error.reason}", where=place(path, first_row), fix="write the column as UTF-8") from None
+        return [UserError(f"not UTF-8 text: {error.reason}", where=place(path, first_row), fix="write the column as UTF-8")]
 
 
 def _csv_batches(path: str, gzipped: bool, text_columns: tuple[str, ...]) -> Iterator[pa.RecordBatch]:

@@ -6,10 +6,11 @@ of files, config, seed and position, so a resumed run asks for the position it w
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -60,6 +61,7 @@ class PromptStream:
         self._fraction = 0.0 if section.eval else section.eval_fraction
         self._reader, self._prompt_field = PromptReader(section, tokenizer), section.prompt_field
         self._split, self._seed, self._limit = split, seed, limit
+        self._drops = section.overlong == "drop"
         self._buffer = section.shuffle_buffer if split == "train" else 0
         self._counts = PromptCounts()
         self._epoch_size: int | None = None
@@ -151,12 +153,23 @@ class PromptStream:
             self._epoch_size = size
 
     def _accepted_rows(self, counts: PromptCounts, rows_per_file: int | None = None) -> Iterator[PromptRecord]:
+        """Each record knows the rows that were dropped before it, so that any range of positions has its own count."""
+        held: PromptRecord | None = None
+        seen = 0
         for file in self._files:
             rows = iter_rows(file.path, text_columns=(self._prompt_field,))
             for number, row in itertools.islice(rows, rows_per_file):
                 record = self._record(file, number, row, counts)
-                if record is not None:
+                if record is None:
+                    continue
+                if not self._drops:
                     yield record
+                    continue
+                if held is not None:
+                    yield held
+                held, seen = replace(record, skipped=counts.dropped - seen), counts.dropped
+        if held is not None:
+            yield replace(held, skipped=held.skipped + counts.dropped - seen)
 
     def _record(self, file: SourceFile, number: int, row: Row, counts: PromptCounts) -> PromptRecord | None:
         where = place(file.path, number)
@@ -170,7 +183,27 @@ class PromptStream:
             return None
         counts.accepted += 1
         counts.truncated += fate == "truncated"
-        return PromptRecord(file.prompt_id(number), text, tokens, columns, file.path, number)
+        columns = self._complete(columns, where)
+        return PromptRecord(file.prompt_id(number), text, tokens, columns, file.path, number, truncated=fate == "truncated")
+
+    def _complete(self, columns: dict[str, Any], where: str) -> dict[str, Any]:
+        """The same columns for every row, None where a row lacks one: what a reward is given must not depend on how rows were cut."""
+        unknown = [name for name in columns if name not in self._known_columns]
+        if unknown:
+            raise UserError(
+                f"column {unknown[0]!r} comes first here, after the rows that tell the columns of the data",
+                where=where,
+                fix=f"give one of the first {CHECK_ROWS} rows of a file that column too (null will do)",
+            )
+        return dict.fromkeys(self._known_columns) | columns
+
+    @functools.cached_property
+    def _known_columns(self) -> tuple[str, ...]:
+        """The columns of the first rows of all files, but for the prompt itself."""
+        rows = (
+            row for file in self._files for _, row in itertools.islice(iter_rows(file.path, text_columns=(self._prompt_field,)), CHECK_ROWS)
+        )
+        return tuple(dict.fromkeys(name for row in rows for name in row if name != self._prompt_field))
 
     def _nothing(self, counts: PromptCounts, extent: str) -> UserError:
         files = ", ".join(file.path for file in self._files)

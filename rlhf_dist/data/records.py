@@ -24,6 +24,7 @@ class PromptRecord:
     text: what the model is sent (for messages: the rendered template; after `truncate_left`: what is left of it).
     tokens: its token ids, special tokens included.
     columns: the other columns of the row, `messages` included. file, row (from 0): where it came from.
+    skipped: rows dropped as too long just before it (the last of an epoch: also after it). truncated: whether it was cut.
     """
 
     prompt_id: int
@@ -32,6 +33,15 @@ class PromptRecord:
     columns: dict[str, Any]
     file: str
     row: int
+    skipped: int = 0
+    truncated: bool = False
+
+
+def keep_end(tokens: tuple[int, ...], limit: int, bos: int | None) -> tuple[int, ...]:
+    """The last `limit` tokens; a start token in front stays in front, for models lean on it."""
+    if limit > 1 and bos is not None and tokens[0] == bos:
+        return (bos, *tokens[len(tokens) - limit + 1 :])
+    return tokens[-limit:]
 
 
 @dataclass(frozen=True)
@@ -113,8 +123,9 @@ class PromptReader:
             )
         if self._overlong == "drop":
             return text, tokens, "dropped"
-        kept = tokens[-self._limit :]
-        return str(self._tokenizer.decode(list(kept), skip_special_tokens=False)), kept, "truncated"
+        kept = keep_end(tokens, self._limit, self._tokenizer.bos_token_id)
+        shown = kept[1:] if kept[0] == self._tokenizer.bos_token_id else kept  # the text of a whole prompt has no start token either
+        return str(self._tokenizer.decode(list(shown), skip_special_tokens=False)), kept, "truncated"
 
     def _no_prompt(self, row: Row, where: str) -> UserError:
         fields = f"{self._prompt_field!r} nor {self._messages_field!r}"

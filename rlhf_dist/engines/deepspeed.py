@@ -18,7 +18,7 @@ from rlhf_dist.config.optim import OptimSection
 from rlhf_dist.contracts.engine import Objective, Outputs, StepInfo
 from rlhf_dist.contracts.tally import Tally
 from rlhf_dist.engines.process import Rank, quiet_deepspeed
-from rlhf_dist.models.lora import named_weights
+from rlhf_dist.models.lora import named_weights, trained_weights
 
 BUCKET_BYTES = 256 * 2**20
 TAG = "engine"  # DeepSpeed's name for the one checkpoint in a folder
@@ -115,11 +115,15 @@ class DeepSpeedEngine:
         norm = float(self._engine.get_global_grad_norm() or 0.0) if norm is None else norm
         return StepInfo(norm, lr, self._engine.skipped_steps > skipped_before)
 
-    def export_weights(self) -> Iterator[dict[str, Tensor]]:
-        """The full weights under Hugging Face names, adapters merged, in buckets of at most 256 MiB (a larger weight travels alone)."""
+    def export_weights(self, merged: bool = True) -> Iterator[dict[str, Tensor]]:
+        """Weights in buckets of at most 256 MiB (a larger weight travels alone).
+
+        Args:
+            merged: all weights under Hugging Face names, adapters merged; otherwise the trained ones alone, as they are.
+        """
         bucket: dict[str, Tensor] = {}
         size = 0
-        for name, parameters, compute in named_weights(self.module.model):
+        for name, parameters, compute in (named_weights if merged else trained_weights)(self.module.model):
             with self._gathered(parameters):
                 weight = compute().clone()
             if bucket and size + weight.nbytes > BUCKET_BYTES:

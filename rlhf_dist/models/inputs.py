@@ -12,13 +12,26 @@ Example, prompts of 1 and 3 tokens, responses of 2 and 1::
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_dist.contracts.experience import SequenceBatch
 
+HALF_PRECISION_STEP = 32
+"""In bf16 and fp16 rows are as long as a multiple of this: attention kernels round differently at odd widths, and a row would then depend
+on its neighbours (seen on CPU: log-probs 8e-3 apart at any width, equal at multiples of 32)."""
 
-def model_inputs(batch: SequenceBatch) -> tuple[dict[str, Tensor], Tensor]:
+
+def width_step(module: nn.Module) -> int:
+    """What the width of a module's inputs must be a multiple of."""
+    return 1 if next(module.parameters()).dtype == torch.float32 else HALF_PRECISION_STEP
+
+
+def model_inputs(batch: SequenceBatch, step: int = 1) -> tuple[dict[str, Tensor], Tensor]:
     """Inputs of a forward, and where in them the response tokens stand.
+
+    Args:
+        batch: padded anyhow.
+        step: L is rounded up to a multiple of this.
 
     Returns:
         input_ids int64, attention_mask bool, position_ids int64, each [B, L], L tokens in the longest row. Padded slots are fed id 0 at
@@ -27,8 +40,11 @@ def model_inputs(batch: SequenceBatch) -> tuple[dict[str, Tensor], Tensor]:
     """
     attention_BS = torch.cat([batch.prompt_mask_BP, batch.response_attention_BT], dim=1).bool()
     tokens_BS = torch.cat([batch.prompt_tokens_BP, batch.response_tokens_BT], dim=1)
+    length = -(-int(attention_BS.sum(1).max()) // step) * step
+    missing = length - attention_BS.shape[1]
+    if missing > 0:
+        attention_BS, tokens_BS = (torch.nn.functional.pad(each, (missing, 0)) for each in (attention_BS, tokens_BS))
     order_BS = attention_BS.byte().argsort(dim=1, stable=True)  # padding first, then the tokens as they stand
-    length = int(attention_BS.sum(1).max())
     order_BL = order_BS[:, order_BS.shape[1] - length :]
     attention_BL = attention_BS.gather(1, order_BL)
     count_BL = attention_BL.long().cumsum(1)
@@ -38,7 +54,7 @@ def model_inputs(batch: SequenceBatch) -> tuple[dict[str, Tensor], Tensor]:
         "position_ids": torch.where(attention_BL, count_BL - 1, 0),
     }
     columns_BS = order_BS.argsort(dim=1) - (order_BS.shape[1] - length)
-    return inputs, columns_BS[:, batch.prompt_tokens_BP.shape[1] :].clamp(min=0)
+    return inputs, columns_BS[:, columns_BS.shape[1] - batch.response_tokens_BT.shape[1] :].clamp(min=0)
 
 
 def blank_batch() -> SequenceBatch:

@@ -64,6 +64,13 @@ def named_weights(model: nn.Module) -> Iterator[NamedWeight]:
             yield _plain(name), [], buffer.detach
 
 
+def trained_weights(model: nn.Module) -> Iterator[NamedWeight]:
+    """The weights that are trained, under the model's own names: with LoRA the adapters alone, not merged."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield name, [parameter], parameter.detach
+
+
 def _tied_weight(model: Any) -> nn.Parameter | None:
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
     return inputs.weight if outputs is not None and inputs.weight is outputs.weight else None
@@ -76,7 +83,8 @@ def _parts(layer: Any) -> tuple[nn.Parameter, list[nn.Parameter]]:
 def _merge(layer: Any) -> Callable[[], Tensor]:
     def merge() -> Tensor:
         weight: Tensor = layer.get_base_layer().weight.detach()
-        return weight + sum(layer.get_delta_weight(name).detach().to(weight.dtype) for name in layer.active_adapters)
+        delta = sum(layer.get_delta_weight(name).detach().float() for name in layer.active_adapters)
+        return (weight.float() + delta).to(weight.dtype)  # rounded once
 
     return merge
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rlhf_dist.contracts.experience import SequenceBatch
-from rlhf_dist.models.inputs import blank_batch, model_inputs
+from rlhf_dist.models.inputs import blank_batch, model_inputs, width_step
 from rlhf_dist.models.logprobs import HeadOptions, logprobs_and_entropy
 
 
@@ -48,7 +48,7 @@ class PolicyModule(nn.Module):
 
     def inputs(self, batch: SequenceBatch) -> dict[str, Any]:
         """Keyword arguments of `forward` for a batch."""
-        tokens, places_BT = model_inputs(batch)
+        tokens, places_BT = model_inputs(batch, width_step(self))
         return {"tokens": tokens, "places_BT": places_BT}
 
     def blank(self) -> SequenceBatch:

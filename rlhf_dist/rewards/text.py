@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.contracts.experience import ExperienceBatch, StopReason
 from rlhf_dist.data.chat import render_messages
+from rlhf_dist.data.records import keep_end
 from rlhf_dist.models.classifier import EncodedTexts
 
 BEHAVIOUR = ("model", "normalizer", "pre_tokenizer", "post_processor")
@@ -91,7 +92,7 @@ class RewardEncoder:
                 where="reward model input",
                 fix="set overlong: truncate_left for this reward, or lower data.max_prompt_tokens or rollout.max_new_tokens",
             )
-        return tokens[-self._limit :], True
+        return list(keep_end(tuple(tokens), self._limit, self._reward.bos_token_id)), True
 
     def _ids(self, text: str, **options: Any) -> list[int]:
         return list(self._reward(text, verbose=False, **options)["input_ids"])

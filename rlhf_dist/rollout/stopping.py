@@ -51,7 +51,11 @@ class StopRule:
         if not self._candidate(tokens[-1], decode):
             return False
         text = decode(tokens[-self._tail :])
-        return any(wanted in text for wanted in self._stop_strings)
+        if not any(wanted in text for wanted in self._stop_strings):
+            return False
+        # Bytes that are no text as a whole may read as text once the tail has lost their head: what counts is the completion.
+        whole = decode(tokens)
+        return any(wanted in whole for wanted in self._stop_strings)
 
     def _candidate(self, token: int, decode: Decode) -> bool:
         """Whether this token could be the last of a stop string; spares decoding the tail after every token.

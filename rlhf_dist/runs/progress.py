@@ -49,6 +49,8 @@ class Headline:
 HEADLINES = (
     Headline("objective/scores", "reward", ".3f"),
     Headline("eval/score", "held-out", ".3f"),
+    Headline("loss", "loss", ".4f"),
+    Headline("eval/loss", "held-out loss", ".4f"),
     Headline("objective/kl", "kl", ".2f"),
     Headline("perf/tokens_per_second", "tokens/s", ".0f"),
     Headline("policy/clipfrac_avg", "clip", ".3f"),

@@ -8,15 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from rlhf_dist.algos.masking import masked_sum
+from rlhf_dist.algos.likelihood import nll_objective
 from rlhf_dist.config.deepspeed import resolve_deepspeed
 from rlhf_dist.config.optim import OptimSection
-from rlhf_dist.contracts.engine import Outputs
 from rlhf_dist.contracts.experience import SequenceBatch
-from rlhf_dist.contracts.tally import Tally
 from rlhf_dist.engines.deepspeed import DeepSpeedEngine, Training
 from rlhf_dist.engines.process import Rank
 from rlhf_dist.models.policy import PolicyModule
@@ -37,14 +34,6 @@ class TinyModel:
 
 Progress = Callable[[int, int, float], None]
 """Told step, steps and loss (nats a token)."""
-
-
-def nll_objective(outputs: Outputs, microbatch: SequenceBatch) -> tuple[Tensor, Tally]:
-    """Negative log-likelihood summed over response tokens, and its mean as `loss`."""
-    loss = -masked_sum(outputs["logprobs_BT"], microbatch.response_mask_BT)
-    tally = Tally()
-    tally.add("loss", float(loss.detach()), float(microbatch.response_mask_BT.sum()))
-    return loss, tally
 
 
 def train_language_model(

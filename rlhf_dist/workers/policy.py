@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from rlhf_dist.workers.export import export_model
 from rlhf_dist.workers.sampling import Sampler
 from rlhf_dist.workers.scoring import rows_of_rank, score_rows
 from rlhf_dist.workers.training import Trainer, build_engine, optimizer_steps, prepare_checkpointing, seeded
-from rlhf_dist.workers.weight_sync import checksum, copy_weights
+from rlhf_dist.workers.weight_sync import checksum, copy_weights, trained_weights_of, weights_of
 
 
 class PolicyWorker:
@@ -56,13 +57,12 @@ class PolicyWorker:
         self._stop_tokens = stop_tokens(section.model, self._tokenizer, trust_remote_code=section.trust_remote_code)
         training = Training(section.optim, optimizer_steps(config, idle=config.value.warmup_steps if config.needs_value else 0))
         self._engine = build_engine(_module(config), section, rank, training)
-        self._copy = load_causal_lm(section, section.model).to(rank.device) if self._engine.stage == 3 else None
+        self._copy = _copy(config).to(rank.device) if self._engine.stage == 3 else None
         sampled = self._engine.module.model if self._copy is None else self._copy
         self._sampler = Sampler(sampled, self._tokenizer, config.rollout, self._stop_tokens, config.run.seed)
         self._trainer = Trainer(self._engine, PolicyObjective(config.algorithm), whitens=config.algorithm.whitens_advantages)
         self._estimator = Estimator(config.algorithm, config.rollout.samples_per_prompt)
         self._train_prompts = PromptStream(config.data, self._tokenizer, split="train", seed=config.run.seed)
-        self._cuts_prompts = config.data.overlong != "error"
         self._eval_prompts, self._eval_fates = _held_out(config, self._tokenizer)
         self._step_start, self._step_prompts = -1, list[PromptRecord]()
         self._version = -1
@@ -94,10 +94,9 @@ class PolicyWorker:
         prompts = read(request.step_start, request.start - request.step_start + request.count)
         ahead = request.start - request.step_start
         answer = self._sampler.sample(request, prompts[:ahead], prompts[ahead:])
-        if request.stream == "train" and self._cuts_prompts:
-            answer.info.tally.peak("data/dropped_prompts", self._train_prompts.dropped)
-            answer.info.tally.peak("data/truncated_prompts", self._train_prompts.truncated)
-        return answer
+        mine = prompts[ahead:]
+        dropped, truncated = sum(p.skipped for p in mine), sum(p.truncated for p in mine)
+        return Stored(answer.payload, dataclasses.replace(answer.info, dropped_prompts=dropped, truncated_prompts=truncated))
 
     def score(self, shard: ExperienceBatch) -> Stored[Piece, PieceInfo]:
         """Old log-probs by the training forward, of this rank's rows."""
@@ -140,7 +139,9 @@ class PolicyWorker:
         if self._copy is None:
             held = checksum(self._engine.module.model.named_parameters())
         else:
-            held = copy_weights(self._copy, self._engine.export_weights())
+            whole = self._section.lora is None  # adapters stay apart: merged in half precision they would be another policy
+            target = weights_of(self._copy) if whole else trained_weights_of(self._copy)
+            held = copy_weights(target, self._engine.export_weights(merged=whole))
         self._version = version
         return held
 
@@ -172,11 +173,15 @@ class PolicyWorker:
         return self._eval_prompts[start : start + count]
 
 
-def _module(config: PPOConfig) -> PolicyModule:
+def _copy(config: PPOConfig) -> nn.Module:
+    """The policy's model, whole, with an adapter where it has one."""
     section = config.policy
     model: nn.Module = load_causal_lm(section, section.model)
-    if section.lora is not None:
-        model = add_adapter(model, section.lora, config.run.seed)
+    return model if section.lora is None else add_adapter(model, section.lora, config.run.seed)
+
+
+def _module(config: PPOConfig) -> PolicyModule:
+    section, model = config.policy, _copy(config)
     options = HeadOptions(config.rollout.temperature, entropy_grad=config.algorithm.entropy_coef > 0)
     return PolicyModule(prepare_checkpointing(model, section), options)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_dist.config.errors import UserError
-from rlhf_dist.models.lora import named_weights
+from rlhf_dist.models.lora import named_weights, trained_weights
 
 MODULUS = 2**61 - 1
 PERIOD = 65521
@@ -31,13 +31,18 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: weight() for name, _, weight in named_weights(model)}
 
 
-def copy_weights(target: nn.Module, buckets: Iterable[Mapping[str, Tensor]]) -> int:
-    """Writes exported weights into a plain Hugging Face model, bucket by bucket; returns their checksum.
+def trained_weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """The trained weights of a model under its own names (with LoRA: the adapters); not copies."""
+    return {name: weight() for name, _, weight in trained_weights(model)}
+
+
+def copy_weights(weights: Mapping[str, Tensor], buckets: Iterable[Mapping[str, Tensor]]) -> int:
+    """Writes exported weights into those of another model, bucket by bucket; returns their checksum.
 
     Raises:
         UserError: the model has no weight of such a name, or it does not hold what was sent: a weight did not come.
     """
-    weights, sent = weights_of(target), 0
+    sent = 0
     with torch.no_grad():
         for bucket in buckets:
             for name, weight in bucket.items():

@@ -18,7 +18,7 @@ import pytest
 
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.data import files
-from rlhf_dist.data.files import iter_rows, place
+from rlhf_dist.data.files import iter_rows, iter_rows_and_errors, place
 
 SHARED = Path(__file__).resolve().parents[2] / ".." / "shared"
 ROWS = [{"prompt": f"line one\nof {i}, „quoted“ \u2028 ✓", "label": i, "weight": i / 4, "good": i % 2 == 0} for i in range(1000)]
@@ -253,3 +253,12 @@ def test_real_files() -> None:
         "pairs.derived.jsonl": 212,
         "seed_tasks.jsonl": 175,
     }
+
+
+def test_rows_that_cannot_be_read_are_yielded_as_errors_and_the_next_ones_follow(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"prompt": "a"}\nnot json\n\n{"prompt": "\xff"}\n{"prompt": "b"}\n\n')
+    rows = list(iter_rows_and_errors(str(path)))
+    assert [number for number, _ in rows] == [0, 1, 2, 3, 4]
+    assert [row.where for _, row in rows if isinstance(row, UserError)] == [f"{path}:{line}" for line in (2, 3, 4)]
+    assert [row["prompt"] for _, row in rows if not isinstance(row, UserError)] == ["a", "b"]

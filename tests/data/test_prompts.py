@@ -53,9 +53,9 @@ def order(records: list[PromptRecord]) -> list[int]:
 def test_a_record(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     path = save(tmp_path / "a.jsonl", [{"prompt": "Tom was", "hero": "Tom"}, {"prompt": "Mia was", "other": [1]}])
     first, second = train(DataSection(train=[path]), tokenizer).batch(0, 2)
-    assert (first.text, first.columns, first.file, first.row) == ("Tom was", {"hero": "Tom"}, path, 0)
+    assert (first.text, first.columns, first.file, first.row) == ("Tom was", {"hero": "Tom", "other": None}, path, 0)
     assert first.tokens == tuple(tokenizer("Tom was").input_ids) and first.tokens[0] == tokenizer.bos_token_id
-    assert (second.columns, second.row) == ({"other": [1]}, 1)
+    assert (second.columns, second.row) == ({"hero": None, "other": [1]}, 1)
     assert first.prompt_id != second.prompt_id
 
 
@@ -132,7 +132,8 @@ def test_counts_of_an_epoch(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) 
     path = save(tmp_path / "a.jsonl", numbered(12))  # 10 and 11 have one token more
     drop = train(DataSection(train=[path], max_prompt_tokens=4, overlong="drop"), tokenizer)
     assert order(drop.batch(0, 11)) == [*range(10), 0]
-    assert (drop.accepted, drop.dropped, drop.truncated) == (1, 0, 0)  # the second epoch has begun
+    assert (drop.accepted, drop.dropped, drop.truncated) == (2, 0, 0)  # the second epoch has begun, one row ahead
+    assert [r.skipped for r in drop.batch(0, 11)] == [0] * 9 + [2, 0], "the last of an epoch knows what was dropped behind it"
     assert order(list(drop.finite())) == list(range(10))
     assert (drop.accepted, drop.dropped, drop.truncated) == (10, 2, 0)
     cut = train(DataSection(train=[path], max_prompt_tokens=4, overlong="truncate_left"), tokenizer)
@@ -251,9 +252,9 @@ def test_check_raises_before_training(tmp_path: Path, tokenizer: PreTrainedToken
 
 
 def test_check_looks_further_for_a_rare_split(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [{"prompt": "Tom saw 10 dog"}] * (prompts_module.CHECK_ROWS + 100) + [{"prompt": "Tom"}] + [{"x": 1}]
+    rows = [{"prompt": "Tom saw 10 dog"}] * (prompts_module.CHECK_ROWS + 100) + [{"prompt": "Tom"}] * 2 + [{"x": 1}]
     section = DataSection(train=[save(tmp_path / "a.jsonl", rows)], max_prompt_tokens=4, overlong="drop")
-    assert check_prompts(section, tokenizer)["train"].accepted == 1
+    assert check_prompts(section, tokenizer)["train"].accepted == 2, "one, and the next that tells where its dropped rows end"
     monkeypatch.setattr(prompts_module, "SEARCH_ROWS", 100)
     with pytest.raises(UserError, match="all 100 train prompts in the first 100 rows"):
         check_prompts(section, tokenizer)
@@ -278,7 +279,7 @@ def test_real_prompts_and_chats() -> None:
     learnt, held = train(section, stories), train(section, stories, split="eval")
     plain, chats = [], []
     for record in [*learnt.finite(), *held.finite()]:
-        (chats if "messages" in record.columns else plain).append(record)
+        (chats if record.columns["messages"] is not None else plain).append(record)
     assert len(plain) + len(chats) + learnt.dropped + held.dropped == 1319 + 212
     assert learnt.dropped and plain and chats and not {r.text for r in learnt.finite()} & {r.text for r in held.finite()}
     assert all(r.tokens[0] == stories.bos_token_id and r.tokens[1] != stories.bos_token_id and len(r.tokens) <= 400 for r in plain + chats)

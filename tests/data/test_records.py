@@ -93,4 +93,8 @@ def test_overlong(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(UserError, match=r"has 6 tokens; data.max_prompt_tokens is 5"):
         reader(tokenizer, max_prompt_tokens=5).fit(text, tokens, "a:1")
     assert reader(tokenizer, max_prompt_tokens=5, overlong="drop").fit(text, tokens, "a:1")[2] == "dropped"
-    assert reader(tokenizer, max_prompt_tokens=3, overlong="truncate_left").fit(text, tokens, "a:1") == (" a dog.", tokens[3:], "truncated")
+    assert reader(tokenizer, max_prompt_tokens=3, overlong="truncate_left").fit(text, tokens, "a:1") == (
+        " dog.",
+        (tokens[0], *tokens[4:]),
+        "truncated",
+    )

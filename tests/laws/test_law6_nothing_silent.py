@@ -32,8 +32,11 @@ def run(values: dict[str, Any], folder: Path) -> Path:
 def test_dropped_prompts_are_counted(ppo_values: dict[str, Any], tmp_path: Path) -> None:
     """Prompts of 2 to 7 tokens (start token included) against a limit of 5."""
     ppo_values["data"] |= {"max_prompt_tokens": 5, "overlong": "drop", "eval_fraction": 0.0}
-    metrics = read_metrics(run(ppo_values, tmp_path) / "metrics.jsonl")
-    assert [line["data/dropped_prompts"] for line in metrics[1:]] == [2.0, 6.0], "rows 4 and 5 of every six are too long"
+    folder = run(ppo_values, tmp_path)
+    metrics = read_metrics(folder / "metrics.jsonl")
+    assert [line["data/dropped_prompts"] for line in metrics[1:]] == [2.0, 4.0], "rows 4 and 5 of every six are too long"
+    dropped = json.loads((folder / "summary.json").read_text())["dropped"]
+    assert dropped == {"prompt longer than data.max_prompt_tokens": 6}
 
 
 def test_samples_on_which_every_reward_abstains_are_counted_and_kept_in_the_log(ppo_values: dict[str, Any], tmp_path: Path) -> None:

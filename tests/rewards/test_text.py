@@ -193,7 +193,7 @@ def test_too_long_is_an_error_with_row_tokens_and_limit(words: list[str], tokens
 
 def test_truncation_keeps_the_end_and_is_counted() -> None:
     texts = RewardEncoder(tokenizer(), tokenizer(), 4, "truncate_left").encode(batch([("<s> once", "a </s>"), STORY[1]]))
-    assert rows_of(texts) == [ids("<s> once a </s>"), ids("a time end </s>")]
+    assert rows_of(texts) == [ids("<s> once a </s>"), ids("<s> time end </s>")]
     assert texts.truncated == 1
 
 

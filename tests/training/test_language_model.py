@@ -11,9 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf_dist.contracts.experience import SequenceBatch
 from rlhf_dist.models.loading import load_tokenizer
-from rlhf_dist.training.language_model import TinyModel, nll_objective, pack_sequences, save_model, train_language_model
+from rlhf_dist.training.language_model import TinyModel, pack_sequences, save_model, train_language_model
 
 SHAPE = TinyModel(hidden_size=32, layers=1, heads=2, context=16, steps=60, batch_size=16, lr=1e-2)
 
@@ -50,14 +49,6 @@ def test_every_token_but_the_first_is_predicted() -> None:
     batch = pack_sequences([[1, 5, 6, 2], [1, 7, 2]])
     assert batch.prompt_tokens_BP.tolist() == [[1], [1]] and batch.response_tokens_BT.tolist() == [[5, 6, 2], [7, 2, 0]]
     assert batch.response_mask_BT.tolist() == [[True] * 3, [True, True, False]]
-
-
-def test_the_objective_is_the_sum_over_valid_tokens() -> None:
-    mask = torch.tensor([[True, True], [True, False]])
-    tokens = torch.zeros(2, 2, dtype=torch.long)
-    batch = SequenceBatch(tokens, mask, tokens, mask, mask)
-    loss, tally = nll_objective({"logprobs_BT": torch.tensor([[-1.0, -2.0], [-3.0, float("nan")]])}, batch)
-    assert float(loss) == 6.0 and tally.means() == {"loss": 2.0}
 
 
 def test_too_few_or_too_long_sequences_are_refused(tiny_model: Path, plain_rank: Any) -> None:

@@ -93,7 +93,7 @@ def test_a_copy_holds_what_was_sent_bit_for_bit(tied, size) -> None:
     source, target = llama(0, tie_word_embeddings=tied), llama(1, tie_word_embeddings=tied)
     for model, value in ((source, 2.0), (target, 3.0)):
         model.register_buffer("scale", torch.tensor([value]))
-    held = copy_weights(target, buckets(source, size))
+    held = copy_weights(weights_of(target), buckets(source, size))
     assert held == checksum(weights_of(source).items())
     assert all(torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values(), strict=True))
     tokens = torch.arange(5)[None]
@@ -102,7 +102,7 @@ def test_a_copy_holds_what_was_sent_bit_for_bit(tied, size) -> None:
 
 def test_a_weight_of_another_name_is_named() -> None:
     with pytest.raises(UserError, match=r"no weight called model\.layers\.9\.weight") as caught:
-        copy_weights(llama(), [{"model.layers.9.weight": torch.zeros(2)}])
+        copy_weights(weights_of(llama()), [{"model.layers.9.weight": torch.zeros(2)}])
     assert caught.value.where == "weight sync"
 
 
@@ -111,9 +111,9 @@ def test_a_weight_that_did_not_come_fails_the_sync() -> None:
     sent = [{name: weight for name, weight in bucket.items() if name != "model.norm.weight"} for bucket in buckets(llama(0))]
     target = llama(1)
     with pytest.raises(UserError, match="does not hold what the trainer sent"):
-        copy_weights(target, sent)
+        copy_weights(weights_of(target), sent)
 
 
 def test_a_copy_in_another_precision_fails_the_sync() -> None:
     with pytest.raises(UserError, match="does not hold"):
-        copy_weights(llama(1).bfloat16(), buckets(llama(0)))
+        copy_weights(weights_of(llama(1).bfloat16()), buckets(llama(0)))

@@ -12,12 +12,13 @@ import argparse
 import json
 import random
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
@@ -27,7 +28,9 @@ OUTPUT = HERE.parents[2] / "runs" / "sentiment" / "classifier"
 
 CHEERFUL = 0.6  # VADER calls a text positive from 0.05 on; here it must be clearly so
 LABELS = {0: "other", 1: "cheerful"}
-VOCABULARY = 1500
+INVENTED = 0.3  # share of sentences with words that do not exist: small models make some up, and they mean nothing
+SPELLING = "abcdefghijklmnopqrstuvwxyz0123456789.,!?\"'-:;"
+COMMON = 5
 POSITIONS = 256
 BATCH = 32
 LEARNING_RATE = 2e-3
@@ -102,14 +105,16 @@ def labelled(count: int, seed: int, openings: Sequence[str]) -> tuple[list[str],
 
 
 def learn_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A lower-casing WordPiece tokenizer that frames a text with [CLS] and [SEP]; words it has not seen are spelt."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    alphabet = list("abcdefghijklmnopqrstuvwxyz0123456789")
-    trainer = trainers.WordPieceTrainer(vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
+    """A lower-casing WordPiece tokenizer that frames a text with [CLS] and [SEP]: the common words of the texts, and letters to spell others.
+
+    Not a trainer of `tokenizers`: those break ties differently in every process, and then no two builds would be the same model.
+    """
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    seen = Counter(word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))
+    words = sorted(word for word, times in seen.items() if times >= COMMON and word not in SPELLING)
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *SPELLING, *(f"##{letter}" for letter in SPELLING), *words]
+    tokenizer = Tokenizer(models.WordPiece({piece: number for number, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
     tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", model_max_length=POSITIONS
@@ -170,6 +175,8 @@ def build(output: Path, size: Size, seed: int = 0) -> float:
 
 def _sentence(dice: random.Random) -> str:
     chosen = {kind: dice.choice(words) for kind, words in WORDS.items()}
+    if dice.random() < INVENTED:
+        chosen |= {kind: "".join(dice.choices(SPELLING[:26], k=dice.randint(2, 8))) for kind in ("thing", "look")}
     chosen |= {"name2": dice.choice(WORDS["name"]), "Who": dice.choice([chosen["who"].capitalize(), chosen["name"]])}
     return dice.choice(dice.choice((PLAIN, FELT))).format(**chosen)
 

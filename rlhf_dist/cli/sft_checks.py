@@ -1,0 +1,44 @@
+"""What can be found wrong with an SFT run before a process is started: seconds, no weights loaded."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from rlhf_dist.cli.checks import check_engine
+from rlhf_dist.config.errors import UserError
+from rlhf_dist.config.sft import SFTConfig
+from rlhf_dist.data.demonstrations import DemonstrationReader
+from rlhf_dist.data.reading import ReadOptions
+from rlhf_dist.data.token_rows import DemonstrationEncoder
+from rlhf_dist.models.loading import context_length, load_config, load_tokenizer
+
+CHECK_ROWS = 256
+
+
+def check_sft(config: SFTConfig) -> dict[str, Any]:
+    """Checks DeepSpeed file, model, context, and the first rows of every file.
+
+    Raises:
+        UserError: the first fault.
+    """
+    section = config.model
+    check_engine("model", section, config.placement.launcher, trained=section.optim.clip_norm)
+    context = context_length(load_config(section.model, trust_remote_code=section.trust_remote_code))
+    if context is not None and config.data.max_tokens > context:
+        raise UserError(
+            f"rows of up to {config.data.max_tokens} tokens do not fit the model's context of {context}",
+            where="data.max_tokens",
+            fix=f"set data.max_tokens={context} or less, and data.overlong for rows that are longer",
+        )
+    tokenizer = load_tokenizer(section.model, trust_remote_code=section.trust_remote_code)
+    encoder = DemonstrationEncoder(tokenizer, tokenizer.eos_token_id, config.sft.loss_on)
+    looked_at = 0
+    for path in [*config.data.train, *config.data.eval]:
+        for record in itertools.islice(DemonstrationReader([path], ReadOptions(config.data.faults)), CHECK_ROWS):
+            row = encoder.encode(record)
+            looked_at += 1
+            if len(row) > config.data.max_tokens and config.data.overlong == "error":
+                fix = "raise data.max_tokens, or set data.overlong: drop or truncate"
+                raise UserError(f"the row has {len(row)} tokens, the limit is {config.data.max_tokens}", where=record.origin.where, fix=fix)
+    return {"rows looked at": looked_at}

@@ -1,0 +1,39 @@
+"""What the supervised stages share: how long they train, and which rows they train on."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from rlhf_dist.config.section import Section
+
+
+class TrainingSection(Section):
+    """Epochs, batches and evaluation of a supervised stage."""
+
+    epochs: int = Field(1, ge=1, description="passes over the training rows, each in a fresh order")
+    batch_size: int = Field(32, ge=1, description="rows in one optimizer step, over all ranks")
+    max_steps: int | None = Field(None, ge=1, description="end after so many optimizer steps, even within an epoch")
+    evaluate_every: int = Field(0, ge=0, description="optimizer steps between evaluations; 0: before, after each epoch, and at the end")
+
+
+class RowsSection(Section):
+    """Rows of a supervised stage, and what happens to those that do not fit."""
+
+    train: list[str] = Field(min_length=1, description="files: .jsonl, .parquet, .csv, .arrow, each also as .gz (jsonl, csv)")
+    eval: list[str] = Field(default_factory=list, description="held-out files; empty: use `eval_fraction`")
+    eval_fraction: float = Field(0.0, ge=0, lt=1, description="share of `train` held out, by a stable hash of the prompt: none leaks")
+    max_tokens: int = Field(1024, ge=2, description="longest row, prompt and completion together")
+    overlong: Literal["error", "drop", "truncate"] = Field(
+        "error",
+        description="a longer row: stop, drop and count it, or cut its end and count it",
+    )
+    faults: Literal["error", "drop"] = Field(
+        "error", description="a row that cannot be used: stop with file, line and reason, or drop and count it"
+    )
+
+    @field_validator("train", "eval", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value

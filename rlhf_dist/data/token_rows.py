@@ -1,0 +1,128 @@
+"""Demonstrations as tokens: which of them are trained on, and rows put together as a batch.
+
+Text and its boundary: prompt and completion are tokenised *together*, as they will stand, and a token is trained on when it reaches
+beyond the prompt. (Tokenised apart, SentencePiece puts a space in front of the completion that is not in the data.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_dist.config.errors import UserError
+from rlhf_dist.contracts.experience import SequenceBatch
+from rlhf_dist.data.chat import render_messages
+from rlhf_dist.data.layouts import Demonstration
+
+LossOn = Literal["completion", "all"]
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """tokens int32 [L]; trained bool [L], never True for the first token, which nothing predicts."""
+
+    tokens: NDArray[np.int32]
+    trained: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def weight(self) -> int:
+        """Trained tokens."""
+        return int(self.trained.sum())
+
+    def cut(self, length: int) -> TokenRow:
+        """The first tokens."""
+        return TokenRow(self.tokens[:length], self.trained[:length])
+
+
+class DemonstrationEncoder:
+    """Makes rows of demonstrations.
+
+    Args:
+        tokenizer: of the model; a fast one, because character offsets tell where the prompt ends.
+        stop_token: put behind a text completion, so that the model learns to end; None where there is none.
+        loss_on: `completion` trains on every assistant turn of a dialogue and on the completion of a text; `all` on every token.
+
+    Raises:
+        UserError: a slow tokenizer.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_token: int | None, loss_on: LossOn) -> None:
+        if not tokenizer.is_fast:
+            raise UserError(
+                "the tokenizer has no character offsets", where="model", fix="save a fast tokenizer (tokenizer.json) beside the model"
+            )
+        self._tokenizer, self._stop, self._all = tokenizer, stop_token, loss_on == "all"
+
+    def encode(self, record: Demonstration) -> TokenRow:
+        """One row, however long.
+
+        Raises:
+            UserError: a dialogue without a chat template.
+        """
+        if record.turns:
+            return self._dialogue(record)
+        assert isinstance(record.prompt, str)
+        row = self._row(record.prompt + record.completion, [(len(record.prompt), len(record.prompt + record.completion))], special=True)
+        if self._stop is None or (len(row) and row.tokens[-1] == self._stop):
+            return row
+        return TokenRow(np.append(row.tokens, np.int32(self._stop)), np.append(row.trained, True))
+
+    def _dialogue(self, record: Demonstration) -> TokenRow:
+        """Assistant turns by their place in the rendered text: from where the template asks for an answer to where the turn ends."""
+        turns, where = list(record.turns), record.origin.where
+        text = str(self._tokenizer.apply_chat_template(turns, tokenize=False))
+        spans = []
+        for number, turn in enumerate(turns):
+            if turn["role"] == "assistant":
+                before = render_messages(turns[:number], self._tokenizer, where=where)
+                through = str(self._tokenizer.apply_chat_template(turns[: number + 1], tokenize=False))
+                if not (text.startswith(before) and text.startswith(through)):
+                    fix = "use a template that only appends, or sft.loss_on=all"
+                    raise UserError(
+                        "the chat template renders earlier turns anew, so assistant turns cannot be told apart", where=where, fix=fix
+                    )
+                spans.append((len(before), len(through)))
+        return self._row(text, spans, special=False)
+
+    def _row(self, text: str, spans: Sequence[tuple[int, int]], *, special: bool) -> TokenRow:
+        encoded: Any = self._tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+        ends = np.array([end for _, end in encoded["offset_mapping"]])
+        starts = np.array([start for start, _ in encoded["offset_mapping"]])
+        trained = np.full(len(ends), self._all)
+        for low, high in spans:
+            trained |= (ends > low) & (starts < high) & (ends > starts)
+        trained[:1] = False
+        return TokenRow(np.array(encoded["input_ids"], dtype=np.int32), trained)
+
+
+def collate(rows: Sequence[TokenRow]) -> SequenceBatch:
+    """A padded batch: a row's prompt is what stands before its first trained token, its response the rest; untrained tokens in it are
+    attended to and masked out of the loss.
+
+    Raises:
+        ValueError: a row without a trained token.
+    """
+    cuts = [int(row.trained.argmax()) for row in rows]
+    if any(row.weight == 0 for row in rows):
+        raise ValueError("a row without a trained token cannot be trained on")
+    prompt, response = max(cuts), max(len(row) - cut for row, cut in zip(rows, cuts, strict=True))
+    prompt_tokens, prompt_mask = np.zeros((len(rows), prompt), np.int64), np.zeros((len(rows), prompt), bool)
+    tokens, mask, attention = (
+        np.zeros((len(rows), response), np.int64),
+        np.zeros((len(rows), response), bool),
+        np.zeros((len(rows), response), bool),
+    )
+    for number, (row, cut) in enumerate(zip(rows, cuts, strict=True)):
+        prompt_tokens[number, prompt - cut :], prompt_mask[number, prompt - cut :] = row.tokens[:cut], True
+        rest = len(row) - cut
+        tokens[number, :rest], mask[number, :rest], attention[number, :rest] = row.tokens[cut:], row.trained[cut:], True
+    return SequenceBatch(*(torch.from_numpy(array) for array in (prompt_tokens, prompt_mask, tokens, mask, attention)))

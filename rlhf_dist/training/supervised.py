@@ -1,0 +1,170 @@
+"""The loop of the supervised stages: epochs of minibatches, evaluation, the best model kept.
+
+Like the PPO coordinator it handles row numbers and metrics only; rows and tensors stay with the workers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+
+from rlhf_dist.config.errors import UserError
+from rlhf_dist.config.loading import dump_config
+from rlhf_dist.config.supervised import TrainingSection
+from rlhf_dist.contracts.group import WorkerGroup
+from rlhf_dist.contracts.roles import UpdateInfo, UpdateRequest
+from rlhf_dist.contracts.supervised import RowFacts, SupervisedRole
+from rlhf_dist.contracts.tally import merged
+from rlhf_dist.data.schedule import assign, minibatch_rows
+from rlhf_dist.runs.clock import Clock
+from rlhf_dist.runs.progress import Reporter
+from rlhf_dist.runs.recorder import Recorder
+from rlhf_dist.runs.summary import config_hash, versions
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What differs between stages.
+
+    name: of the stage. score: the held-out metric that decides which model is best, and whether more is better.
+    derive: metrics that follow from the means, such as perplexity from the loss.
+    """
+
+    name: str
+    score: str
+    more_is_better: bool = False
+    derive: Callable[[dict[str, float]], dict[str, float]] = dict
+
+
+class SupervisedLoop:
+    """Trains one group of workers on rows.
+
+    Args:
+        stage: what differs between stages.
+        config: the whole config, for the record; with sections run, model, training.
+        group: workers of `SupervisedRole`.
+        recorder: writes the run folder.
+        reporter: shows progress.
+    """
+
+    def __init__(self, stage: Stage, config: BaseModel, group: WorkerGroup, recorder: Recorder, reporter: Reporter) -> None:
+        values: Any = config
+        self.stage, self.group, self.recorder, self.reporter = stage, group, recorder, reporter
+        self._config = config
+        self._training: TrainingSection = values.training
+        self._seed, self._budget, self._name = values.run.seed, values.model.microbatch_tokens, values.run.name
+        self._best: tuple[float, int] | None = None
+        self._evaluations: dict[int, dict[str, float]] = {}
+        self._clock = Clock()
+        self._facts = RowFacts((), (), ())
+
+    def run(self) -> dict[str, Any]:
+        """The whole run; returns the summary.
+
+        Raises:
+            UserError: a fault that the user can mend.
+        """
+        began = time.perf_counter()
+        total = self._start()
+        self.recorder.metrics(0, self._evaluate(0))
+        for step, rows in enumerate(self._batches(), 1):
+            with self._clock.phase("train"):
+                metrics = self._train(rows)
+            if step == total or self._due(step):
+                metrics |= self._evaluate(step)
+            self.recorder.metrics(step, metrics | {"epoch": step / self._steps_per_epoch})
+            self.reporter.step(step, total, metrics)
+        return self._finish(total, time.perf_counter() - began)
+
+    def _start(self) -> int:
+        self.recorder.config(self._config)
+        self._facts = self.group.collect(self.group.submit(SupervisedRole.describe, [()] * self.group.world_size))[0]
+        rows, size = len(self._facts.lengths), self._training.batch_size
+        if not rows:
+            raise UserError("no row is left to train on", where="data.train", fix=f"rows dropped: {self._facts.fates or 'none'}")
+        self._steps_per_epoch = -(-rows // size)
+        total = min(self._steps_per_epoch * self._training.epochs, self._training.max_steps or 2**62)
+        shown = {"rows": rows, "held-out rows": len(self._facts.eval_lengths), "optimizer steps": total, "ranks": self.group.world_size}
+        self.reporter.started(self._facts.facts | shown | self._facts.fates)
+        return total
+
+    def _batches(self) -> Iterator[tuple[int, ...]]:
+        """The rows of every optimizer step: a fresh order an epoch, sizes that differ by one at most."""
+        rows, taken = len(self._facts.lengths), 0
+        for epoch in range(self._training.epochs):
+            for batch in minibatch_rows(rows, 1, self._steps_per_epoch, self._seed, epoch)[0]:
+                if taken == self._training.max_steps:
+                    return
+                taken += 1
+                yield batch
+
+    def _train(self, rows: tuple[int, ...]) -> dict[str, float]:
+        shares = assign(rows, self._facts.lengths, self.group.world_size, self._budget)
+        weight = sum(self._facts.weights[row] for row in rows)
+        began = time.perf_counter()
+        infos: list[UpdateInfo] = self.group.collect(
+            self.group.submit(SupervisedRole.update, [(UpdateRequest(share, weight),) for share in shares])
+        )
+        seconds, tokens = time.perf_counter() - began, sum(self._facts.lengths[row] for row in rows)
+        self._clock.tokens += tokens
+        step = infos[0].step
+        norm = {} if step.skipped else {"grad_norm": step.grad_norm}
+        rates = {"lr": step.lr, "perf/tokens_per_second": tokens / seconds, "perf/step_seconds": seconds}
+        return merged(info.tally for info in infos).means() | norm | rates
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        rows = tuple(range(len(self._facts.eval_lengths)))
+        if not rows:
+            return {}
+        self.reporter.phase(step, "evaluate")
+        with self._clock.phase("evaluate"):
+            shares = assign(rows, self._facts.eval_lengths, self.group.world_size, self._budget)
+            tallies = self.group.collect(self.group.submit(SupervisedRole.evaluate, [(share,) for share in shares]))
+        means = merged(tallies).means()
+        metrics = {f"eval/{name}": value for name, value in (means | self.stage.derive(means)).items()}
+        self._evaluations[step] = metrics
+        self._keep_best(step, metrics)
+        return metrics
+
+    def _keep_best(self, step: int, metrics: dict[str, float]) -> None:
+        """Exports the model whenever it is the best so far; before training only the score counts."""
+        score = metrics[self.stage.score]
+        value = score if self.stage.more_is_better else -score
+        if self._best is None or value > self._best[0]:
+            self._best = (value, step)
+            if step:
+                self._export("best")
+
+    def _export(self, which: str) -> None:
+        folder = self.recorder.export_path(which)
+        self.group.collect(self.group.submit(SupervisedRole.export, [(folder,)] * self.group.world_size))
+
+    def _due(self, step: int) -> bool:
+        every = self._training.evaluate_every or self._steps_per_epoch
+        return step % every == 0
+
+    def _finish(self, total: int, seconds: float) -> dict[str, Any]:
+        self._export("model")
+        evaluations = [self._evaluations[step] for step in sorted(self._evaluations)]
+        summary = {
+            "stage": self.stage.name,
+            "name": self._name,
+            "seed": self._seed,
+            "config_sha256": config_hash(dump_config(self._config)),
+            "steps": total,
+            "wall_seconds": seconds,
+            "before": evaluations[0] if evaluations else None,
+            "after": evaluations[-1] if evaluations else None,
+            "best_step": self._best[1] if self._best else None,
+            "rows": {"train": len(self._facts.lengths), "eval": len(self._facts.eval_lengths)} | self._facts.fates,
+            "tokens_per_second": self._clock.tokens / self._clock.seconds["train"],
+            "versions": versions(),
+        }
+        self.recorder.summary(summary)
+        self.recorder.close()
+        self.reporter.finished(summary)
+        return summary

@@ -1,0 +1,93 @@
+"""The worker of supervised fine-tuning: demonstrations, a causal LM, the likelihood of what the assistant said."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from rlhf_dist.algos.likelihood import nll_objective
+from rlhf_dist.config.errors import UserError
+from rlhf_dist.config.sft import SFTConfig
+from rlhf_dist.config.supervised import RowsSection
+from rlhf_dist.data.demonstrations import DemonstrationReader
+from rlhf_dist.data.reading import ReadOptions
+from rlhf_dist.data.token_rows import DemonstrationEncoder, TokenRow, collate
+from rlhf_dist.engines.deepspeed import Training
+from rlhf_dist.engines.process import Rank
+from rlhf_dist.models.loading import load_causal_lm, load_tokenizer, stop_tokens
+from rlhf_dist.models.lora import add_adapter
+from rlhf_dist.models.policy import PolicyModule
+from rlhf_dist.workers.supervised import Rows, SupervisedWorker
+from rlhf_dist.workers.training import build_engine, prepare_checkpointing, seeded
+
+
+def build_sft(config: SFTConfig, rank: Rank) -> SupervisedWorker:
+    """Loads model and rows on this rank."""
+    seeded(config.run.seed)
+    section = config.model
+    tokenizer = load_tokenizer(section.model, trust_remote_code=section.trust_remote_code)
+    rows = sft_rows(config, tokenizer)
+    model = load_causal_lm(section, section.model)
+    if section.lora is not None:
+        model = add_adapter(model, section.lora, config.run.seed)
+    steps = total_steps(config, len(rows.train))
+    engine = build_engine(PolicyModule(prepare_checkpointing(model, section)), section, rank, Training(section.optim, steps))
+    return SupervisedWorker(engine, nll_objective, rows, collate, tokenizer)
+
+
+def total_steps(config: SFTConfig, rows: int) -> int:
+    """Optimizer steps of the run: what the learning-rate schedule spans."""
+    epochs = -(-rows // config.training.batch_size) * config.training.epochs
+    return max(1, min(epochs, config.training.max_steps or epochs))
+
+
+def sft_rows(config: SFTConfig, tokenizer: Any) -> Rows:
+    """All rows as tokens; what was dropped or cut is counted by reason.
+
+    Raises:
+        UserError: a faulty or too long row where the config says `error`, or none left.
+    """
+    section, fates = config.data, Counter[str]()
+    stops = stop_tokens(config.model.model, tokenizer, trust_remote_code=config.model.trust_remote_code)
+    stop = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else next(iter(stops), None)
+    encoder = DemonstrationEncoder(tokenizer, stop, config.sft.loss_on)
+    reader = DemonstrationReader(section.train, _options(section, "train"))
+    train, evaluation = _rows(reader, encoder, section, fates), list[TokenRow]()
+    fates.update(_faults(reader))
+    if section.eval or section.eval_fraction:
+        held_out = DemonstrationReader(section.eval or section.train, _options(section, "eval"))
+        evaluation = _rows(held_out, encoder, section, fates)
+        fates.update(_faults(held_out) if section.eval else {})  # the same file has the same faults, counted once
+    return Rows(train, evaluation, dict(fates))
+
+
+def _options(section: RowsSection, split: Any) -> ReadOptions:
+    return ReadOptions(section.faults) if section.eval else ReadOptions(section.faults, split, section.eval_fraction)
+
+
+def _rows(reader: DemonstrationReader, encoder: DemonstrationEncoder, section: RowsSection, fates: Counter[str]) -> list[TokenRow]:
+    rows = []
+    for record in reader:
+        row = encoder.encode(record)
+        if len(row) > section.max_tokens:
+            row = _fitted(row, section, record.origin.where, fates)
+        if row.weight:
+            rows.append(row)
+        elif len(row):
+            fates["dropped: nothing left to train on"] += 1
+    return rows
+
+
+def _faults(reader: DemonstrationReader) -> dict[str, int]:
+    return {f"dropped: {reason}": count for reason, count in reader.counts.dropped.items()}
+
+
+def _fitted(row: TokenRow, section: RowsSection, where: str, fates: Counter[str]) -> TokenRow:
+    if section.overlong == "error":
+        fix = "raise data.max_tokens, or set data.overlong: drop or truncate"
+        raise UserError(f"the row has {len(row)} tokens, the limit is {section.max_tokens}", where=where, fix=fix)
+    if section.overlong == "drop":
+        fates["dropped: longer than data.max_tokens"] += 1
+        return row.cut(0)
+    fates["cut: longer than data.max_tokens"] += 1
+    return row.cut(section.max_tokens)

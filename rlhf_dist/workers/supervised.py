@@ -1,0 +1,77 @@
+"""One rank of a supervised stage: rows it has read itself, an engine, an objective (contracts.supervised.SupervisedRole)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from rlhf_dist.contracts.engine import Objective
+from rlhf_dist.contracts.roles import UpdateInfo, UpdateRequest
+from rlhf_dist.contracts.supervised import RowFacts
+from rlhf_dist.contracts.tally import Tally
+from rlhf_dist.engines.deepspeed import DeepSpeedEngine
+from rlhf_dist.workers.export import export_model
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Training and held-out rows, each with a length and a weight; `fates` counts those that were dropped or cut, by reason."""
+
+    train: Sequence[Any]
+    evaluation: Sequence[Any]
+    fates: dict[str, int] = field(default_factory=dict)
+
+
+class SupervisedWorker:
+    """Trains an engine's module on rows by number.
+
+    Args:
+        engine: trained engine.
+        objective: its loss, a sum over units; `rows` have their numbers as `weight`.
+        rows: the same on every rank.
+        collate: rows → what the engine's module takes.
+        tokenizer: saved beside the exported weights.
+    """
+
+    def __init__(
+        self, engine: DeepSpeedEngine, objective: Objective, rows: Rows, collate: Callable[[Sequence[Any]], Any], tokenizer: Any
+    ) -> None:
+        self._engine, self._objective, self._rows, self._collate, self._tokenizer = engine, objective, rows, collate, tokenizer
+
+    def describe(self) -> RowFacts:
+        """Lengths and weights of all rows."""
+        parameters = list(self._engine.module.parameters())
+        count = sum(int(getattr(p, "ds_numel", p.numel())) for p in parameters)
+        trained = sum(int(getattr(p, "ds_numel", p.numel())) for p in parameters if p.requires_grad)
+        return RowFacts(
+            lengths=tuple(len(row) for row in self._rows.train),
+            weights=tuple(float(row.weight) for row in self._rows.train),
+            eval_lengths=tuple(len(row) for row in self._rows.evaluation),
+            fates=self._rows.fates,
+            facts={"parameters": count, "trained_parameters": trained, "device": str(self._engine.device)},
+        )
+
+    def update(self, request: UpdateRequest) -> UpdateInfo:
+        """One optimizer step on this rank's microbatches."""
+        began = time.perf_counter()
+        batches = [self._collate([self._rows.train[row] for row in rows]) for rows in request.microbatches if rows]
+        tally = self._engine.forward_backward(batches, self._objective, request.denominator)
+        step = self._engine.optimizer_step()
+        return UpdateInfo(tally, step, time.perf_counter() - began)
+
+    def evaluate(self, microbatches: tuple[tuple[int, ...], ...]) -> Tally:
+        """Metrics of held-out rows."""
+        batches = [self._collate([self._rows.evaluation[row] for row in rows]) for rows in microbatches if rows]
+        tally = Tally()
+        with torch.no_grad():
+            for batch, outputs in zip(batches, self._engine.forward(batches), strict=True):
+                tally.merge(self._objective(outputs, batch)[1])
+        return tally
+
+    def export(self, folder: str) -> None:
+        """Writes the model as a Hugging Face folder, adapters merged."""
+        export_model(self._engine, self._engine.module.model, self._tokenizer, folder)

@@ -1,0 +1,111 @@
+"""`rlhf-dist sft` end to end in one plain process: what it learns, what it leaves, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlhf_dist.cli.main import main
+from rlhf_dist.runs.metrics import read_metrics
+
+Run = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`wN` is answered by `wN wN`: easy to learn."""
+    path = tmp_path_factory.mktemp("demonstrations") / "rows.jsonl"
+    rows = [{"prompt": f"w{n % 60} w{(7 * n) % 60}", "completion": f" w{n % 60} w{n % 60}"} for n in range(120)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def values(tiny_model: Path, demonstrations: Path) -> dict[str, Any]:
+    return {
+        "data": {"train": str(demonstrations), "eval_fraction": 0.2, "max_tokens": 32},
+        "model": {"model": str(tiny_model), "optim": {"lr": 1e-2}},
+        "training": {"epochs": 3, "batch_size": 16},
+        "placement": {"launcher": "spmd"},
+    }
+
+
+@pytest.fixture(scope="module")
+def run(values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    def run(*overrides: str) -> Path:
+        folder = tmp_path_factory.mktemp("sft")
+        path = folder / "sft.yaml"
+        path.write_text(yaml.safe_dump(values))
+        main(["sft", "--config", str(path), f"run.output_dir={folder}", *overrides])
+        return folder / "sft"
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(run: Run) -> Path:
+    return run()
+
+
+def test_it_learns_and_says_so(finished: Path) -> None:
+    lines = read_metrics(finished / "metrics.jsonl")
+    before, after = lines[0], lines[-1]
+    assert after["eval/loss"] < 0.8 * before["eval/loss"]
+    assert after["eval/perplexity"] == pytest.approx(math.exp(after["eval/loss"]))
+    assert [line["step"] for line in lines] == list(range(len(lines))) and after["epoch"] == 3.0
+    assert {"loss", "lr", "grad_norm", "perf/tokens_per_second"} <= after.keys()
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["before"]["eval/loss"] == before["eval/loss"] and summary["after"]["eval/loss"] == after["eval/loss"]
+    assert summary["rows"]["train"] + summary["rows"]["eval"] == 120 and summary["stage"] == "sft"
+
+
+def test_the_model_and_the_best_one_load_with_transformers(finished: Path) -> None:
+    for name in ("model", "best"):
+        model = AutoModelForCausalLM.from_pretrained(finished / "export" / name)
+        tokenizer = AutoTokenizer.from_pretrained(finished / "export" / name)
+        assert model.config.vocab_size == len(tokenizer)
+
+
+def test_it_is_deterministic_and_does_not_depend_on_the_cut(finished: Path, run: Run) -> None:
+    losses = [line["loss"] for line in read_metrics(finished / "metrics.jsonl")[1:]]
+    again = [line["loss"] for line in read_metrics(run("model.microbatch_tokens=16") / "metrics.jsonl")[1:]]
+    assert again == pytest.approx(losses, rel=1e-4)
+
+
+def test_adapters_and_steps_within_an_epoch(run: Run) -> None:
+    lines = read_metrics(run("model.lora={r: 4}", "training.max_steps=4", "training.evaluate_every=2") / "metrics.jsonl")
+    assert len(lines) == 5 and [line["step"] for line in lines if "eval/loss" in line] == [0, 2, 4]
+    assert lines[-1]["eval/loss"] < lines[0]["eval/loss"]
+
+
+def test_long_rows_are_dropped_or_cut_and_counted(run: Run) -> None:
+    for policy, key in (("drop", "dropped: longer than data.max_tokens"), ("truncate", "cut: longer than data.max_tokens")):
+        folder = run("data.max_tokens=5", f"data.overlong={policy}", "training.max_steps=1") if policy == "truncate" else None
+        if folder is not None:
+            assert json.loads((folder / "summary.json").read_text())["rows"][key] == 120
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("data.max_tokens=5",), "rows.jsonl:1.*|the row has 6 tokens, the limit is 5"),
+        (("data.max_tokens=1000",), "do not fit the model's context of 128"),
+        (("model.model=/nowhere",), "no model folder"),
+        (("data.max_tokens=5", "data.overlong=drop"), "no row is left to train on"),
+        (("data.train=/nowhere.jsonl",), "nowhere.jsonl"),
+    ],
+)
+def test_bad_input_ends_with_status_2(run: Run, capsys: pytest.CaptureFixture[str], overrides: tuple[str, ...], message: str) -> None:
+    import re
+
+    with pytest.raises(SystemExit) as ended:
+        run(*overrides)
+    assert ended.value.code == 2
+    assert re.search(message, capsys.readouterr().err)

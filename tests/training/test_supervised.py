@@ -1,0 +1,101 @@
+"""The supervised loop over a group that only counts: which rows, which denominators, when it evaluates, what it keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_dist.config.errors import UserError
+from rlhf_dist.config.sft import SFTConfig
+from rlhf_dist.contracts.engine import StepInfo
+from rlhf_dist.contracts.roles import UpdateInfo, UpdateRequest
+from rlhf_dist.contracts.supervised import RowFacts
+from rlhf_dist.contracts.tally import Tally
+from rlhf_dist.runs.folder import RunFolder
+from rlhf_dist.runs.metrics import read_metrics
+from rlhf_dist.runs.progress import NullReporter
+from rlhf_dist.runs.recorder import Recorder
+from rlhf_dist.training.supervised import Stage, SupervisedLoop
+
+
+class Counting:
+    """Two ranks that remember what they were asked; the held-out loss follows a script."""
+
+    name, world_size = "model", 2
+
+    def __init__(self, rows: int, eval_losses: Sequence[float]) -> None:
+        self.rows, self.eval_losses = rows, list(eval_losses)
+        self.updates: list[list[UpdateRequest]] = []
+        self.exports: list[str] = []
+
+    def submit(self, method: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        assert len(arguments) == 2
+        return getattr(self, method.__name__)([given[0] if given else None for given in arguments])  # type: ignore[no-any-return]
+
+    def collect(self, handles: Sequence[Any]) -> list[Any]:
+        return list(handles)
+
+    def describe(self, _: Any) -> list[RowFacts]:
+        return [RowFacts(tuple(range(1, self.rows + 1)), (2.0,) * self.rows, (3, 4), {"dropped: odd": 1}, {"parameters": 5})] * 2
+
+    def update(self, requests: list[UpdateRequest]) -> list[UpdateInfo]:
+        self.updates.append(requests)
+        tally = Tally()
+        tally.add("loss", 1.0, 1.0)
+        return [UpdateInfo(tally, StepInfo(0.5, 0.1), 0.0)] * 2
+
+    def evaluate(self, shares: Any) -> list[Tally]:
+        tally = Tally()
+        tally.add("loss", self.eval_losses.pop(0), 1.0)
+        return [tally, Tally()]
+
+    def export(self, folders: list[str]) -> list[None]:
+        self.exports.append(Path(folders[0]).name)
+        return [None, None]
+
+
+def run(tmp_path: Path, group: Counting, **training: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    config = SFTConfig.model_validate({"data": {"train": "x"}, "model": {"model": "m"}, "training": {"batch_size": 4} | training})
+    folder = RunFolder.create(tmp_path, "run")
+    loop = SupervisedLoop(Stage("sft", "eval/loss"), config, group, Recorder(folder), NullReporter())  # type: ignore[arg-type]
+    return loop.run(), read_metrics(folder.metrics)
+
+
+def test_every_row_once_an_epoch_with_its_global_denominator(tmp_path: Path) -> None:
+    group = Counting(10, [1.0] * 3)
+    summary, lines = run(tmp_path, group, epochs=2)
+    assert summary["steps"] == 6 == len(group.updates) and len(lines) == 7
+    for epoch in (group.updates[:3], group.updates[3:]):
+        rows = [row for requests in epoch for request in requests for cut in request.microbatches for row in cut]
+        assert sorted(rows) == list(range(10))
+    for requests in group.updates:
+        count = sum(len(cut) for request in requests for cut in request.microbatches)
+        assert {request.denominator for request in requests} == {2.0 * count}
+        assert len({len(request.microbatches) for request in requests}) == 1
+    assert [set(requests[0].microbatches[0]) for requests in group.updates[:3]] != [
+        set(requests[0].microbatches[0]) for requests in group.updates[3:]
+    ]
+
+
+def test_it_evaluates_before_at_intervals_and_at_the_end_and_keeps_the_best(tmp_path: Path) -> None:
+    group = Counting(8, [5.0, 4.0, 3.0, 3.5])
+    summary, lines = run(tmp_path, group, epochs=3)
+    assert [line["step"] for line in lines if "eval/loss" in line] == [0, 2, 4, 6]
+    assert (summary["best_step"], summary["before"], summary["after"]) == (4, {"eval/loss": 5.0}, {"eval/loss": 3.5})
+    assert group.exports == ["best", "best", "model"]
+
+
+def test_max_steps_and_evaluate_every(tmp_path: Path) -> None:
+    group = Counting(8, [5.0] * 4)
+    summary, lines = run(tmp_path, group, epochs=3, max_steps=5, evaluate_every=2)
+    assert summary["steps"] == 5 and [line["step"] for line in lines if "eval/loss" in line] == [0, 2, 4, 5]
+    assert group.exports == ["model"], "it never got better than before"
+
+
+def test_no_rows_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no row is left") as caught:
+        run(tmp_path, Counting(0, []))
+    assert "dropped: odd" in caught.value.fix

@@ -1,0 +1,60 @@
+"""Rows of an SFT run: what is read, split, cut and counted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_dist.config.errors import UserError
+from rlhf_dist.config.sft import SFTConfig
+from rlhf_dist.models.loading import load_tokenizer
+from rlhf_dist.workers.sft import sft_rows, total_steps
+
+
+@pytest.fixture
+def rows_file(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    rows: list[dict[str, Any]] = [{"prompt": f"w{n}", "completion": " w1" * (1 + n % 4)} for n in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": "w1", "completion": ""}]))
+    return path
+
+
+def config(model: Path, file: Path, **data: Any) -> SFTConfig:
+    values = {"train": str(file), "max_tokens": 32, "faults": "drop"} | data
+    return SFTConfig.model_validate({"data": values, "model": {"model": str(model)}, "training": {"batch_size": 16, "epochs": 2}})
+
+
+def test_rows_are_split_by_prompt_and_faults_counted_once(tiny_model: Path, rows_file: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_model))
+    rows = sft_rows(config(tiny_model, rows_file, eval_fraction=0.3), tokenizer)
+    assert len(rows.train) + len(rows.evaluation) == 40 and 4 < len(rows.evaluation) < 20
+    prompts = [{int(row.tokens[1]) for row in part} for part in (rows.train, rows.evaluation)]
+    assert not prompts[0] & prompts[1]
+    assert sum(rows.fates.values()) == 1
+    assert all(row.tokens[-1] == tokenizer.eos_token_id and row.trained[-1] for row in rows.train)
+    with pytest.raises(UserError, match=r"rows.jsonl:41"):
+        sft_rows(config(tiny_model, rows_file, faults="error"), tokenizer)
+
+
+def test_what_is_too_long(tiny_model: Path, rows_file: Path) -> None:
+    """Rows of 4 to 7 tokens: start, prompt, one to four words, end."""
+    tokenizer = load_tokenizer(str(tiny_model))
+    with pytest.raises(UserError, match="the row has 6 tokens, the limit is 5") as caught:
+        sft_rows(config(tiny_model, rows_file, max_tokens=5), tokenizer)
+    assert caught.value.where.endswith("rows.jsonl:3")
+    dropped = sft_rows(config(tiny_model, rows_file, max_tokens=5, overlong="drop"), tokenizer)
+    assert len(dropped.train) == 20 and dropped.fates["dropped: longer than data.max_tokens"] == 20
+    cut = sft_rows(config(tiny_model, rows_file, max_tokens=5, overlong="truncate"), tokenizer)
+    assert len(cut.train) == 40 and max(len(row) for row in cut.train) == 5 and cut.fates["cut: longer than data.max_tokens"] == 20
+    nothing = sft_rows(config(tiny_model, rows_file, max_tokens=2, overlong="truncate"), tokenizer)
+    assert not nothing.train and nothing.fates["dropped: nothing left to train on"] == 40
+
+
+def test_the_schedule_spans_the_run(tiny_model: Path, rows_file: Path) -> None:
+    given = config(tiny_model, rows_file)
+    assert total_steps(given, 40) == 6
+    short = SFTConfig.model_validate(given.model_dump() | {"training": {"batch_size": 16, "max_steps": 4, "epochs": 9}})
+    assert total_steps(short, 40) == 4
