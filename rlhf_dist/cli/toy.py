@@ -17,11 +17,17 @@ def toy(
     steps: Annotated[int, typer.Option(min=1, help="optimizer steps of the language model")] = 400,
 ) -> None:
     """Writes a small English corpus with prompts and a tokenizer, and trains a tiny causal LM on it from scratch (about a minute)."""
+    from rlhf_dist.models.quiet import quiet_libraries
+
+    quiet_libraries()
+    import torch
+
     from rlhf_dist.data.toy import ToyTask, write_toy
     from rlhf_dist.engines.process import free_port, start_process_group, stop_process_group
     from rlhf_dist.models.loading import load_tokenizer_folder
     from rlhf_dist.training.language_model import TinyModel, save_model, train_language_model
 
+    torch.set_num_threads(1)  # so small a model gains nothing from a second thread, and loses much where cores are busy
     console = Console()
     task: ToyTask = write_toy(output, seed=seed)
     tokenizer = load_tokenizer_folder(str(task.tokenizer))

@@ -40,7 +40,8 @@ def add_adapter(model: nn.Module, section: LoraSection, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            adapted = get_peft_model(model, config).eval()  # type: ignore[arg-type]
+            # In the model's own precision, as DeepSpeed keeps them: a copy beside the engine must hold what the engine sends.
+            adapted = get_peft_model(model, config, autocast_adapter_dtype=False).eval()  # type: ignore[arg-type]
         except ValueError as error:
             raise _misfit(f"the adapter fits no module: {str(error).splitlines()[0]}") from error
     if any(_parts(module)[0] is tied for module in adapted.modules() if isinstance(module, LoraLayer)):
@@ -83,10 +84,23 @@ def _parts(layer: Any) -> tuple[nn.Parameter, list[nn.Parameter]]:
 def _merge(layer: Any) -> Callable[[], Tensor]:
     def merge() -> Tensor:
         weight: Tensor = layer.get_base_layer().weight.detach()
-        delta = sum(layer.get_delta_weight(name).detach().float() for name in layer.active_adapters)
+        delta = sum(_delta(layer, name) for name in layer.active_adapters)
         return (weight.float() + delta).to(weight.dtype)  # rounded once
 
     return merge
+
+
+def _delta(layer: Any, name: str) -> Tensor:
+    """scaling · B A in fp32; peft's own comes rounded to the precision of the adapter."""
+    if name in layer.lora_A:
+        a, b, transposed = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.fan_in_fan_out
+    else:
+        a, b, transposed = layer.lora_embedding_A[name], layer.lora_embedding_B[name], True
+    if a.dim() > 2:  # a convolution
+        return layer.get_delta_weight(name).detach().float()  # type: ignore[no-any-return]
+    product = b.detach().float() @ a.detach().float()
+    delta: Tensor = (product.T if transposed else product) * layer.scaling[name]
+    return delta
 
 
 def _plain(name: str) -> str:

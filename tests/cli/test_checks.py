@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +102,68 @@ def test_a_column_that_a_reward_needs_and_the_data_lacks(ppo_values: dict[str, A
     (tmp_path / "needs.py").write_text("def reward(prompts, completions, solution):\n    return [0.0] * len(prompts)\n")
     with pytest.raises(UserError, match="needs 'solution', which the data does not have; its other columns: answer"):
         check(ppo_values, reward={"sources": [{"name": "f", "kind": "function", "path": f"{tmp_path / 'needs.py'}:reward"}]})
+
+
+@pytest.fixture
+def other_model(tiny_model: Path, tmp_path: Path) -> Callable[..., Path]:
+    """`other_model(vocab_size=…, words={old: new}, tokenizer=…)`: the tiny model's settings without weights, with another vocabulary."""
+
+    def make(vocab_size: int | None = None, words: dict[str, str] | None = None, tokenizer: bool = True) -> Path:
+        folder = tmp_path / "other"
+        folder.mkdir()
+        config = json.loads((tiny_model / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | ({"vocab_size": vocab_size} if vocab_size else {})))
+        if tokenizer:
+            (folder / "tokenizer_config.json").write_bytes((tiny_model / "tokenizer_config.json").read_bytes())
+            files = json.loads((tiny_model / "tokenizer.json").read_text())
+            vocabulary = files["model"]["vocab"]
+            files["model"]["vocab"] = {(words or {}).get(word, word): number for word, number in vocabulary.items()}
+            (folder / "tokenizer.json").write_text(json.dumps(files))
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("role", ["reference", "value"])
+@pytest.mark.parametrize("tokenizer", [True, False])
+def test_a_model_with_too_few_tokens_is_refused(
+    ppo_values: dict[str, Any], other_model: Callable[..., Path], role: str, tokenizer: bool
+) -> None:
+    folder = other_model(vocab_size=63, tokenizer=tokenizer)
+    with pytest.raises(UserError, match=f"the {role} model knows 63 tokens, the policy's tokenizer has 64") as error:
+        check(ppo_values, **{role: {"model": str(folder)}})
+    assert error.value.where == f"{role}.model"
+
+
+@pytest.mark.parametrize("role", ["reference", "value"])
+def test_a_model_with_another_vocabulary_is_refused(ppo_values: dict[str, Any], other_model: Callable[..., Path], role: str) -> None:
+    """As many tokens, two of them the other way round."""
+    with pytest.raises(UserError, match=f"the {role} model has another vocabulary than the policy") as error:
+        check(ppo_values, **{role: {"model": str(other_model(words={"w3": "w4", "w4": "w3"}))}})
+    assert error.value.where == f"{role}.model"
+
+
+@pytest.mark.parametrize("vocab_size", [64, 80])
+@pytest.mark.parametrize("tokenizer", [True, False])
+def test_a_model_that_reads_the_policys_tokens_passes(
+    ppo_values: dict[str, Any], other_model: Callable[..., Path], vocab_size: int, tokenizer: bool
+) -> None:
+    """Embeddings may be padded, and a model may come without a tokenizer: then the size alone can be told."""
+    folder = {"model": str(other_model(vocab_size, tokenizer=tokenizer))}
+    assert check(ppo_values, reference=folder, value=folder)
+
+
+def test_another_vocabulary_ends_the_run_with_status_2_before_anything_starts(
+    ppo_values: dict[str, Any],
+    other_model: Callable[..., Path],
+    rlhf_dist_ppo: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    from rlhf_dist.cli import programs
+
+    monkeypatch.setattr(programs, "build_worker", lambda *_: pytest.fail("a worker was started"))
+    with pytest.raises(SystemExit) as ended:
+        rlhf_dist_ppo(ppo_values, f"reference.model={other_model(words={'w3': 'x3'})}")
+    assert ended.value.code == 2 and "another vocabulary" in capfd.readouterr().err
+    assert not Path(ppo_values["run"]["output_dir"]).exists()

@@ -108,3 +108,12 @@ def test_a_fault_leaves_no_process_group_and_room_for_the_next_try(
     run_under_launcher(config)  # no run.overwrite needed
     with pytest.raises(UserError, match="exists and is not empty"):
         run_under_launcher(config)
+
+
+def test_ranks_that_the_config_names_for_elsewhere_do_not_count_here(ppo_values: dict[str, Any]) -> None:
+    """A config written for 64 ranks runs in one plain process, with a small batch to look at."""
+    values = ppo_values | {"policy": ppo_values["policy"] | {"ranks": 64}}
+    config = spanning_all_ranks(program(values), 1).config
+    assert (config.policy.ranks, config.rollout.prompts_per_step, config.placement.launcher) == (1, 8, "spmd")
+    with pytest.raises(UserError, match="does not fit 9 ranks"):
+        spanning_all_ranks(program(values), 9)

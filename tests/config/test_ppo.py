@@ -61,6 +61,7 @@ def test_sections_that_contradict_each_other_are_refused(overrides, message):
         ["algorithm.minibatches=64"],
         ["algorithm.estimator=rloo", "rollout.samples_per_prompt=2"],
         ["policy.ranks=4", "rollout.prompts_per_step=8", "rollout.shards_per_rank=2"],
+        ["policy.ranks=4", "rollout.prompts_per_step=2", "placement.launcher=spmd"],  # there the launcher decides the ranks
         ["reward.soft_overlong.buffer=128"],
     ],
 )

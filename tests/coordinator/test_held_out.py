@@ -105,3 +105,19 @@ def test_the_record_compares_the_first_with_the_latest() -> None:
     assert summary.difference["score"]["mean"] == pytest.approx(1.5)  # paired: (1 − 0) and (4 − 2); the unscored sample is in no pair
     assert summary.difference["kl"]["mean"] == 0.0
     assert (summary.best_score, summary.best_step) == (9.0, 1)
+
+
+def test_an_abstention_takes_its_own_sample_away_and_no_other(local_group: Any) -> None:
+    """Held-out samples of a prompt are not compared with each other: the rest of them still counts."""
+
+    class Choosy:
+        def judge(self, shard: list[int]) -> ScoreInfo:
+            scores = tuple(None if row % 2 else 10.0 * prompt for row, prompt in enumerate(shard))
+            return ScoreInfo(tuple(range(len(shard))), (RewardResult("r", scores),), 0.0)
+
+    policy = local_group("policy", [Policy(0)])
+    policy.workers[0].reference_score = policy.workers[0].score
+    groups = Groups(policy, local_group("reward", [Choosy()]))
+    samples = evaluate(groups, yardstick("none"), Batch("eval", 5, 0, 3, 2), 7, "file.parquet")
+    assert list(samples.scores) == [0.0, None, 10.0, None, 20.0, None]
+    assert policy.workers[0].written[0][3][0]["kept"] == [True, False] * 3

@@ -310,6 +310,50 @@ def test_whitened_rewards_do_not_depend_on_shards(run: Callable[..., Path]) -> N
     assert numbers(one)[2]["loss/value_avg"] == pytest.approx(numbers(three)[2]["loss/value_avg"], rel=1e-5)
 
 
+def test_a_reward_gets_the_same_columns_however_prompts_are_cut(run: Callable[..., Path], tmp_path: Path) -> None:
+    """One prompt in five has a hero; a shard without any must not fall back to the parameter's default."""
+    (tmp_path / "heroes.py").write_text(HEROES)
+    rows = [{"prompt": f"w{n}"} | ({"hero": f"w{n}"} if n % 5 == 4 else {}) for n in range(16)]
+    (tmp_path / "heroes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reward = {"sources": [{"name": "hero", "kind": "function", "path": f"{tmp_path / 'heroes.py'}:reward"}]}
+    data = {"train": str(tmp_path / "heroes.jsonl"), "eval_fraction": 0.0}
+    one, eight = (run(data=data, reward=reward, run={"steps": 1}, rollout={"shards_per_rank": shards}) for shards in (1, 8))
+    scores = [[row["reward/hero"] for row in samples(root, 1)] for root in (one, eight)]
+    assert scores[0] == scores[1] and {0.0, 1.0} == set(scores[0]), "each row was told whether it has a hero"
+
+
+HEROES = """
+def reward(prompts, completions, hero=None):
+    return [0.5] * len(prompts) if hero is None else [float(name is not None) for name in hero]
+"""
+
+
+def test_the_first_baseline_is_the_mean_return_also_with_a_reference_of_its_own(
+    run: Callable[..., Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    """KL is not 0 at step 0 then: its penalty is part of the return, and of the mean that is taken off."""
+    other = AutoModelForCausalLM.from_pretrained(tiny_model)
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    other.save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "other")
+    root = run(
+        run={"steps": 1},
+        reference={"model": str(tmp_path / "other")},
+        algorithm={"estimator": "reinforce", "epochs": 1, "minibatches": 1, "kl": {"coef": 0.3}},
+        rollout={"shards_per_rank": 2},
+    )
+    rows, line = samples(root, 1), numbers(root)[1]
+    returns = [row["score"] - 0.3 * row["kl"] for row in rows]
+    baseline = sum(returns) / len(rows)
+    assert line["objective/rlhf_reward"] == pytest.approx(baseline, abs=1e-6) and abs(line["objective/non_score_reward"]) > 0.2
+    lengths = [row["response_tokens"] for row in rows]
+    by_token = sum(n * (r - baseline) for n, r in zip(lengths, returns, strict=True)) / sum(lengths)
+    assert line["loss/policy_avg"] == pytest.approx(-by_token, abs=1e-5), "on policy: minus the mean advantage of the tokens"
+
+
 # --- control of the update
 
 
@@ -476,7 +520,28 @@ def test_prompts_that_were_left_out_are_counted(run: Callable[..., Path], capfd:
     assert numbers(cut)[1]["data/truncated_prompts"] > 0 and "data/dropped_prompts" in numbers(cut)[1]
 
 
+@pytest.mark.parametrize("overlong", ["drop", "truncate_left"])
+def test_what_was_left_out_does_not_depend_on_shards(run: Callable[..., Path], overlong: str) -> None:
+    data = {"max_prompt_tokens": 4, "overlong": overlong, "shuffle_buffer": 5}
+    roots = [run(data=data, rollout={"shards_per_rank": shards}) for shards in (1, 2)]
+    names = ("data/dropped_prompts", "data/truncated_prompts")
+    one, two = ([[line[name] for name in names] for line in numbers(root)[1:]] for root in roots)
+    assert one == two and sum(map(sum, one)) > 0
+    assert summary_of(roots[0])["dropped"] == summary_of(roots[1])["dropped"]
+
+
 # --- what stops a run
+
+
+def test_whitening_a_single_token_stops_the_run(run: Callable[..., Path], capfd: pytest.CaptureFixture[str]) -> None:
+    small = {"rollout": {"prompts_per_step": 1, "samples_per_prompt": 1, "max_new_tokens": 1}}
+    once = {"epochs": 1, "minibatches": 1}
+    with pytest.raises(SystemExit) as ended:
+        run(algorithm=once, **small)
+    assert ended.value.code == 2
+    error = capfd.readouterr().err
+    assert "whitening needs two tokens at least, the step has 1" in error and "algorithm.whiten_advantages=false" in error
+    run(run={"steps": 1}, algorithm=once | {"whiten_advantages": False}, **small)
 
 
 class Broken:

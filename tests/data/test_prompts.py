@@ -6,7 +6,7 @@ import gzip
 import json
 import time
 from collections.abc import Callable
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -288,3 +288,56 @@ def test_real_prompts_and_chats() -> None:
 
 
 GOLDEN_HELD_OUT = [0, 4, 9]
+
+
+def test_every_record_has_every_column_of_the_first_rows_of_all_files(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """However a batch is cut, it has the same columns."""
+    one = save(tmp_path / "a.jsonl", [{"prompt": "Tom was"}, {"prompt": "Mia was", "hero": "Mia"}, {"prompt": "Tom"}])
+    two = save(tmp_path / "b.jsonl", [{"prompt": "Mia", "answer": 1}])
+    records = train(DataSection(train=[one, two]), tokenizer).batch(0, 4)
+    assert [r.columns for r in records] == [
+        {"hero": None, "answer": None},
+        {"hero": "Mia", "answer": None},
+        {"hero": None, "answer": None},
+        {"hero": None, "answer": 1},
+    ]
+    assert [train(DataSection(train=[one, two]), tokenizer).batch(n, 1)[0] for n in range(4)] == records
+
+
+def test_a_column_that_comes_late_is_named_with_its_row(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prompts_module, "CHECK_ROWS", 3)
+    path = save(tmp_path / "a.jsonl", [*numbered(3), {"prompt": "Tom", "i": 3, "hero": "Tom"}, {"prompt": "Tom", "i": 4}])
+    stream = train(DataSection(train=[path]), tokenizer)
+    assert order(stream.batch(0, 3)) == [0, 1, 2]
+    with pytest.raises(UserError, match="column 'hero' comes first here") as caught:
+        stream.batch(3, 1)
+    assert caught.value.where == f"{path}:4" and "first 3 rows" in caught.value.fix
+    monkeypatch.setattr(prompts_module, "CHECK_ROWS", 4)
+    assert order(train(DataSection(train=[path]), tokenizer).batch(0, 5)) == [0, 1, 2, 3, 4]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    overlong=st.lists(st.lists(st.booleans(), min_size=1, max_size=8), min_size=1, max_size=3).filter(lambda x: not all(map(all, x))),
+    buffer=st.integers(0, 12),
+    cuts=st.lists(st.integers(0, 40), max_size=4),
+    epochs=st.integers(1, 3),
+)
+def test_counts_of_any_ranges_add_up_to_what_became_of_the_rows(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, overlong: list[list[bool]], buffer: int, cuts: list[int], epochs: int
+) -> None:
+    """Every range is read by a stream of its own, as ranks do."""
+    prompts = {True: "Tom saw a dog", False: "Tom"}
+    paths = [save(tmp_path / f"{n}.jsonl", [{"prompt": prompts[long]} for long in file]) for n, file in enumerate(overlong)]
+    long, rows = sum(map(sum, overlong)), sum(map(len, overlong))
+
+    def counted(policy: str, total: int) -> tuple[int, int]:
+        section = DataSection(train=paths, shuffle_buffer=buffer, max_prompt_tokens=4, overlong=policy)
+        ends = sorted({0, total, *(cut for cut in cuts if cut < total)})
+        ranges = [train(section, tokenizer).batch(a, b - a) for a, b in pairwise(ends)]
+        return sum(r.skipped for part in ranges for r in part), sum(r.truncated for part in ranges for r in part)
+
+    assert counted("drop", epochs * (rows - long)) == (epochs * long, 0)
+    assert counted("truncate_left", epochs * rows) == (0, epochs * long)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlhf_dist.config.data import DataSection
 from rlhf_dist.config.errors import UserError
-from rlhf_dist.data.records import PromptReader, source_files
+from rlhf_dist.data.records import PromptReader, keep_end, source_files
 from rlhf_dist.data.toy import write_toy
 
 CHAT = [{"role": "user", "content": "Tom saw a dog"}]
@@ -98,3 +100,21 @@ def test_overlong(tokenizer: PreTrainedTokenizerBase) -> None:
         (tokens[0], *tokens[4:]),
         "truncated",
     )
+
+
+@given(tokens=st.lists(st.integers(2, 9), min_size=1, max_size=9), limit=st.integers(1, 9), bos=st.sampled_from([None, 0, 1]))
+def test_a_start_token_stays_in_front_of_what_is_kept(tokens: list[int], limit: int, bos: int | None) -> None:
+    started = (1, *tokens)
+    limit = min(limit, len(tokens))  # one is always lost
+    assert keep_end(tuple(tokens), limit, bos) == tuple(tokens[-limit:])
+    with_start = (1, *tokens[len(tokens) - limit + 1 :])
+    assert keep_end(started, limit, bos) == (with_start if bos == 1 and limit > 1 else tuple(tokens[-limit:]))
+
+
+def test_a_prompt_cut_from_the_left_begins_as_the_model_expects(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Plain and templated; the text names no start token where that of a whole prompt names none."""
+    cut = reader(tokenizer, max_prompt_tokens=3, overlong="truncate_left")
+    for text, templated in (("Tom saw a dog.", False), ("<s>Tom saw a dog.", True)):
+        tokens = cut.tokens(text, templated=templated, where="")
+        shown, kept, _ = cut.fit(text, tokens, "a:1")
+        assert kept == (tokenizer.bos_token_id, *tokens[-2:]) and shown == " dog."

@@ -1,10 +1,11 @@
 """What a forward is given: no padded slot gets in, positions count real tokens, and the width is that of the longest row."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_dist.models.inputs import blank_batch, model_inputs
+from rlhf_dist.models.inputs import HALF_PRECISION_STEP, blank_batch, model_inputs, width_step
 
 Rows = list[tuple[list[int], list[int]]]
 
@@ -64,3 +65,23 @@ def test_a_blank_batch_is_a_forward_that_trains_on_nothing() -> None:
     inputs, places_BT = model_inputs(blank)
     assert inputs["attention_mask"].all() and places_BT.tolist() == [[1]]
     assert not blank.response_mask_BT.any() and blank.valid_tokens_B.tolist() == [0]
+
+
+@settings(deadline=None)
+@given(rows=st.lists(st.tuples(tokens, tokens), min_size=1, max_size=4), extra=st.integers(0, 20), step=st.sampled_from([3, 7, 32]))
+def test_a_wider_input_holds_the_same_at_its_right_edge(padded, rows: Rows, extra: int, step: int) -> None:
+    """Wider than the longest row, and often than prompt and response columns of the batch together."""
+    batch = padded(rows, extra, garbage=10**9)
+    (narrow, places_BT), (wide, wide_places_BT) = model_inputs(batch), model_inputs(batch, step)
+    longest, width = narrow["input_ids"].shape[1], wide["input_ids"].shape[1]
+    assert width % step == 0 and 0 <= width - longest < step
+    for name, tensor in wide.items():
+        assert torch.equal(tensor[:, width - longest :], narrow[name]) and not tensor[:, : width - longest].any()
+    valid_BT = batch.response_attention_BT
+    assert torch.equal(wide_places_BT[valid_BT], places_BT[valid_BT] + width - longest)
+    assert wide_places_BT.shape == places_BT.shape and int(wide_places_BT.min()) >= 0 and int(wide_places_BT.max()) < width
+
+
+@pytest.mark.parametrize(("dtype", "step"), [(torch.float32, 1), (torch.bfloat16, 32), (torch.float16, 32)])
+def test_half_precision_has_widths_of_its_own(dtype: torch.dtype, step: int) -> None:
+    assert width_step(torch.nn.Linear(2, 2, dtype=dtype)) == step and HALF_PRECISION_STEP == 32

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from rlhf_dist.config.engines import LoraSection
 from rlhf_dist.config.errors import UserError
-from rlhf_dist.models.lora import add_adapter, named_weights
+from rlhf_dist.models.lora import add_adapter, named_weights, trained_weights
 
 TOKENS = torch.arange(8)[None]
 
@@ -120,3 +120,33 @@ def test_an_adapter_on_tied_embeddings_is_refused(target, tiny_config) -> None:
     """Merged, it would change the other end of the model as well: the export would not be what was trained."""
     with pytest.raises(UserError, match="tied"):
         add_adapter(model_of(tiny_config("llama", tie_word_embeddings=True)), LoraSection(target_modules=["q_proj", target]), seed=1)
+
+
+def test_trained_weights_are_the_adapters_as_they_are_under_the_models_own_names(tiny_config) -> None:
+    adapted = trained(add_adapter(model_of(tiny_config("llama")), LoraSection(r=2), seed=1))
+    got, own = {name: (needed, compute()) for name, needed, compute in trained_weights(adapted)}, dict(adapted.named_parameters())
+    assert got.keys() == {name for name in own if "lora_" in name} and len(got) == 2 * 2 * 7
+    assert all(needed == [own[name]] and torch.equal(weight, own[name]) for name, (needed, weight) in got.items())
+    plain = model_of(tiny_config("llama"))
+    assert [name for name, _, _ in trained_weights(plain)] == [name for name, _ in plain.named_parameters()]
+
+
+@pytest.mark.parametrize(("name", "targets"), [("llama", ["q_proj", "embed_tokens"]), ("gpt2", "all-linear")])
+def test_in_half_precision_a_merged_weight_is_rounded_once(name, targets, tiny_config) -> None:
+    """Adapter and base in bf16, as engines hold them. Both summands rounded first would not be the weight nearest to the trained one."""
+    adapted = trained(add_adapter(model_of(tiny_config(name)), LoraSection(r=2, target_modules=targets), seed=1)).bfloat16()
+    got = exported(adapted)
+    exact, twice = adapted.double().merge_and_unload().state_dict(), 0
+    base = model_of(tiny_config(name)).bfloat16().double().state_dict()
+    for key, weight in got.items():
+        assert weight.dtype == torch.bfloat16
+        assert torch.equal(weight, exact[key].bfloat16()), key
+        twice += int((base[key] + (exact[key] - base[key]).bfloat16().double()).bfloat16().ne(weight).sum())
+    assert twice > 0, "rounding twice should show somewhere"
+
+
+def test_adapters_have_the_precision_of_the_model(tiny_config) -> None:
+    """The engine's do: peft's default, fp32 beside a bf16 model, would not hold what the engine sends."""
+    assert {p.dtype for p in add_adapter(model_of(tiny_config("llama")).bfloat16(), LoraSection(r=2), seed=1).parameters()} == {
+        torch.bfloat16
+    }

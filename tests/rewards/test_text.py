@@ -214,3 +214,10 @@ def test_truncated_chats_are_counted_too() -> None:
 def test_a_limit_without_room_for_text_is_refused() -> None:
     with pytest.raises(UserError, match="no room for text"):
         RewardEncoder(tokenizer(REVERSED, wraps=True), tokenizer(), 2, "truncate_left")
+
+
+def test_truncated_ids_keep_their_start_token_only_where_they_had_one() -> None:
+    texts = RewardEncoder(tokenizer(), tokenizer(), 3, "truncate_left").encode(
+        batch([("<s> once upon", "a </s>"), ("once upon", "a </s>")])
+    )
+    assert rows_of(texts) == [ids("<s> a </s>"), ids("upon a </s>")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -87,3 +88,25 @@ def test_tokens_that_cannot_complete_a_string_do_not_decode_the_tail() -> None:
 def test_stop_strings_without_decode_are_refused() -> None:
     with pytest.raises(UserError, match="tokenizer"):
         StopRule(SamplingParams(1, stop_strings=("x",)), None)
+
+
+@pytest.fixture(scope="module")
+def bytes_of_sentencepiece() -> Any:
+    """256 byte tokens: a run of them that is not UTF-8 as a whole shows as so many U+FFFD, as Llama's tokenizer shows it."""
+    from tokenizers import Tokenizer, decoders, models
+
+    tokenizer = Tokenizer(models.BPE({f"<0x{byte:02X}>": byte for byte in range(256)}, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
+
+
+def test_a_tail_that_reads_as_text_once_its_head_is_lost_does_not_stop(bytes_of_sentencepiece: Any) -> None:
+    def decode(tokens: Sequence[int]) -> str:
+        return str(bytes_of_sentencepiece.decode(list(tokens)))
+
+    broken, sound = list(b"\xc3abcdefghijklmn!"), list("éabcdefghijklmn!".encode())
+    assert "!" in decode(broken[-8:]) and "!" not in decode(broken), "else this test shows nothing"
+    rule = StopRule(SamplingParams(100, stop_strings=("!",)), decode)
+    assert [rule.reason(broken[:end], 100) for end in range(1, len(broken) + 1)] == [None] * len(broken)
+    assert [rule.reason(sound[:end], 100) for end in range(1, len(sound))] == [None] * (len(sound) - 1)
+    assert rule.reason(sound, 100) is StopReason.STOP_STRING

@@ -13,6 +13,7 @@ from rlhf_dist.config.errors import UserError
 from rlhf_dist.contracts.moments import Moments
 from rlhf_dist.contracts.roles import EstimateRequest, GenerateRequest, UpdateRequest
 from rlhf_dist.engines.process import Rank
+from rlhf_dist.models.policy import PolicyModule
 from rlhf_dist.workers.policy import PolicyWorker
 
 
@@ -197,3 +198,18 @@ def test_entropy_is_trained_on_only_with_a_coefficient(worker_of) -> None:
     assert worker._engine.module.options.entropy_grad is True
     info = train(worker, worker.generate(request()).payload)
     assert math.isfinite(info.tally.means()["loss/policy_avg"]) and info.step.grad_norm > 0
+
+
+def test_under_zero_3_in_bf16_the_sampler_holds_the_adapters_and_not_a_rounded_sum(worker_of) -> None:
+    """Merged in bf16 the sampler's policy would be another one than the trained one. Both are the same module on the same rows here."""
+    worker = worker_of(3, {"policy.dtype": "bf16", "policy.lora": {"r": 4}, "policy.optim.lr": 0.02})
+    for version in range(3):
+        train(worker, worker.generate(request(version=version, step=version)).payload)
+        worker.sync_weights(version + 1)
+    shard = worker.generate(request(version=3, step=3)).payload
+    sampler = PolicyModule(worker._copy, worker._engine.module.options)
+    with torch.no_grad():
+        copied = sampler(**sampler.inputs(shard))["logprobs_BT"]
+    assert torch.equal(copied[shard.response_mask_BT], worker.score(shard).payload.tensors["old_logprobs_BT"][shard.response_mask_BT])
+    gaps = worker.ratio_check(shard, scored(worker, shard)).tally.means()
+    assert gaps["sampler/mean"] < 0.02

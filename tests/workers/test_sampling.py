@@ -184,3 +184,25 @@ def test_special_tokens_and_the_stop_token_are_no_text(sampler_of, tokenizer) ->
 def test_a_stop_token_that_is_no_special_token_is_no_text_either(tiny_model, tokenizer) -> None:
     sampler = Sampler(AutoModelForCausalLM.from_pretrained(tiny_model), tokenizer, RolloutSection(), [5], 0)
     assert sampler._text(Completion((4, 5), (0.0,) * 2, StopReason.STOP_TOKEN)) == "w0"
+
+
+def test_bytes_that_are_no_text_as_a_whole_are_sampled_with_stop_strings(tmp_path) -> None:
+    """Byte tokens as in Llama's tokenizer: one stray byte makes its whole run unreadable, though the run's end would read as `!`."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE({"</s>": 0, "<0xC3>": 1, "<0x61>": 2, "<0x21>": 3}, [], byte_fallback=True))
+    core.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
+    torch.manual_seed(0)
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "max_position_embeddings": 64}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=4, eos_token_id=0, **size)).eval()
+    sampler = Sampler(model, tokenizer, RolloutSection(max_new_tokens=40, stop_strings=["!"], slots=32), [0], seed=0)
+    batch = sampler.sample(request(1, samples=32), [], [PromptRecord(1, "a", (2,), {}, "f", 0)]).payload
+    misleading = 0
+    for row in range(len(batch)):
+        tokens = batch.response_tokens_BT[row][batch.response_mask_BT[row]].tolist()
+        stopped = batch.stop_reason_B[row] == StopReason.STOP_STRING
+        assert ("!" in tokenizer.decode(tokens)) == stopped and "!" not in batch.completions[row]
+        misleading += not stopped and any("!" in tokenizer.decode(tokens[max(0, end - 8) : end]) for end in range(len(tokens) + 1))
+    assert misleading and (batch.stop_reason_B == StopReason.STOP_STRING).any()
