@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+import torch
 from pydantic import ValidationError
 
 from rlhf_dist.cli.programs import Program, program_of
@@ -25,6 +26,9 @@ def run_under_launcher(program: Program) -> tuple[Path, bool]:
         UserError: anything the user can mend. What only one rank can see is raised there, and the launcher ends the others.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    threads = torch.get_num_threads()
+    # As in a Ray actor. Another number of threads sums in another order, so without this the launchers would differ by rounding.
+    torch.set_num_threads(program.config.placement.threads_per_rank)
     rank = _join()
     try:
         program = spanning_all_ranks(program, rank.world_size)
@@ -36,6 +40,7 @@ def run_under_launcher(program: Program) -> tuple[Path, bool]:
         return root, rank.rank == 0
     finally:
         stop_process_group()
+        torch.set_num_threads(threads)
 
 
 @contextmanager

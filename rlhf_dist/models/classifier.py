@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rlhf_dist.config.engines import Dtype
 from rlhf_dist.config.errors import UserError
+from rlhf_dist.models.inputs import width_step
 from rlhf_dist.models.loading import FAULTS, TORCH_DTYPES, context_length, load_config, local, switch_dropout_off
 
 Transform = Literal["logit", "probability", "log_odds"]
@@ -142,8 +143,11 @@ class ClassifierModule(nn.Module):
         return {"score_B": self._score(logits.float())}
 
     def inputs(self, texts: EncodedTexts) -> dict[str, Tensor]:
-        """Keyword arguments of `forward`."""
-        return {"input_ids": texts.tokens_BL, "attention_mask": texts.mask_BL}
+        """Keyword arguments of `forward`; in half precision as wide as `inputs.width_step` asks, within the context."""
+        step, length = width_step(self), texts.tokens_BL.shape[1]
+        wide = max(length, min(-(-length // step) * step, self.context_tokens or length))
+        tokens_BL, mask_BL = (torch.nn.functional.pad(each, (0, wide - length)) for each in (texts.tokens_BL, texts.mask_BL))
+        return {"input_ids": tokens_BL, "attention_mask": mask_BL}
 
     def blank(self) -> EncodedTexts:
         """One token that counts for nothing: what a rank forwards when it has no rows left."""

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from rlhf_dist.cli import programs, spmd_launch
@@ -108,6 +109,21 @@ def test_a_fault_leaves_no_process_group_and_room_for_the_next_try(
     run_under_launcher(config)  # no run.overwrite needed
     with pytest.raises(UserError, match="exists and is not empty"):
         run_under_launcher(config)
+
+
+def test_a_rank_has_the_threads_of_the_config_and_gives_them_back(ppo_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def failing(role: str, *given: Any) -> Any:
+        seen.append(torch.get_num_threads())
+        raise UserError("enough seen")
+
+    monkeypatch.setattr(programs, "build_worker", failing)
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        with pytest.raises(UserError, match="enough seen"):
+            run_under_launcher(program(ppo_values | {"placement": {"launcher": "spmd", "threads_per_rank": threads}}))
+    assert seen == [1, 2] and torch.get_num_threads() == before
 
 
 def test_ranks_that_the_config_names_for_elsewhere_do_not_count_here(ppo_values: dict[str, Any]) -> None:

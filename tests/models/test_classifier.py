@@ -271,3 +271,20 @@ def test_rows_are_selected_with_the_padding_that_they_still_need() -> None:
     assert chosen.mask_BL.tolist() == [[True, True, False], [True, True, True]]
     assert chosen.truncated == 0 and texts.select([]).tokens_BL.shape == (0, 0)
     assert EncodedTexts.from_rows([]).lengths == [] and math.prod(EncodedTexts.from_rows([[]]).mask_BL.shape) == 0
+
+
+def test_in_half_precision_inputs_have_even_widths_within_the_context(tmp_path: Path) -> None:
+    """Attention kernels round differently at odd widths: a row would depend on how long its neighbours are."""
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_labels=1, pad_token_id=0,
+        max_position_embeddings=40,
+    )  # fmt: skip
+    module = ClassifierModule(LlamaForSequenceClassification(config).bfloat16().eval())
+    for length, wide in ((3, 32), (32, 32), (33, 40)):
+        given = module.inputs(EncodedTexts.from_rows([[5] * length]))
+        assert given["input_ids"].shape == given["attention_mask"].shape == (1, wide) and int(given["attention_mask"].sum()) == length
+    one, long = [3, 4, 5], [6] * 30
+    with torch.no_grad():
+        alone = module(**module.inputs(EncodedTexts.from_rows([one])))["score_B"]
+        together = module(**module.inputs(EncodedTexts.from_rows([one, long])))["score_B"]
+    assert torch.allclose(alone[0], together[0], atol=1e-3)
