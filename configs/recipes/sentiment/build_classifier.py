@@ -35,16 +35,30 @@ POSITIONS = 256
 BATCH = 32
 LEARNING_RATE = 2e-3
 
+
+def _words(text: str) -> list[str]:
+    """Words, or phrases where the text separates them by bars."""
+    return text.split("|" if "|" in text else None)
+
+
 WORDS = {
-    "name": ["Lily", "Tim", "Mia", "Ben", "Anna", "Tom", "Sara", "Max", "Zoe", "Leo", "Ella", "Sam", "Ruby", "Lucy", "Jack", "Emma", "Nina", "Omar", "Rosa", "Mom", "Dad", "Grandma", "Spot", "Daisy", "Kitty"],
-    "who": ["the girl", "the boy", "the cat", "the dog", "the bird", "the bear", "the rabbit", "the man", "the king", "the fairy", "the duck", "the frog", "they", "he", "she"],
-    "thing": ["ball", "box", "tree", "flower", "boat", "cake", "kite", "house", "hat", "book", "car", "river", "garden", "park", "store", "toy", "bed", "rock", "cloud", "drum", "shoe", "pond"],
-    "look": ["small", "big", "red", "blue", "green", "old", "quiet", "tall", "round", "wet", "new", "slow", "soft", "long", "cold", "white", "loud"],
-    "feeling": ["happy", "glad", "proud", "kind", "cheerful", "excited", "friendly", "safe", "brave", "lucky", "joyful", "grateful", "calm", "sweet", "lovely", "funny", "playful", "special", "good", "nice", "sad", "angry", "scared", "hurt", "lonely", "upset", "tired", "mad", "mean", "afraid", "worried", "bad", "lost", "broken", "sick", "bored", "jealous", "terrible", "ugly", "nervous", "cruel"],
-    "deed": ["loved", "hugged", "thanked", "helped", "enjoyed", "liked", "shared", "hated", "hurt", "broke", "lost", "ruined", "stole", "missed", "hit", "dropped"],
-    "sound": ["smiled", "laughed", "cheered", "had fun", "danced", "sang", "cried", "screamed", "yelled", "fought", "cried a lot", "fell down"],
-    "move": ["walked", "sat down", "looked up", "ran home", "waited", "jumped", "looked inside", "went outside", "stopped", "flew away"],
-    "quote": ["I love you", "You are my best friend", "Thank you", "This is fun", "What a nice surprise", "I am so happy", "Can I play with you", "I hate this", "Go away", "I am scared", "You are mean", "That is bad", "Help", "I am sorry", "Look at this", "Where is it", "Let us go", "What is that"],
+    "name": _words(
+        "Lily Tim Mia Ben Anna Tom Sara Max Zoe Leo Ella Sam Ruby Lucy Jack Emma Nina Omar Rosa Mom Dad Grandma Spot Daisy Kitty"
+    ),
+    "who": _words("the girl|the boy|the cat|the dog|the bird|the bear|the rabbit|the man|the king|the fairy|the duck|the frog|they|he|she"),
+    "thing": _words("ball box tree flower boat cake kite house hat book car river garden park store toy bed rock cloud drum shoe pond"),
+    "look": _words("small big red blue green old quiet tall round wet new slow soft long cold white loud"),
+    "feeling": _words(
+        "happy glad proud kind cheerful excited friendly safe brave lucky joyful grateful calm sweet lovely funny playful special good "
+        "nice sad angry scared hurt lonely upset tired mad mean afraid worried bad lost broken sick bored jealous terrible ugly cruel"
+    ),
+    "deed": _words("loved hugged thanked helped enjoyed liked shared hated hurt broke lost ruined stole missed hit dropped"),
+    "sound": _words("smiled|laughed|cheered|had fun|danced|sang|cried|screamed|yelled|fought|cried a lot|fell down"),
+    "move": _words("walked|sat down|looked up|ran home|waited|jumped|looked inside|went outside|stopped|flew away"),
+    "quote": _words(
+        "I love you|You are my best friend|Thank you|This is fun|What a nice surprise|I am so happy|Can I play with you|I hate this|"
+        "Go away|I am scared|You are mean|That is bad|Help|I am sorry|Look at this|Where is it|Let us go|What is that"
+    ),
     "very": ["", "", "very ", "so "],
 }
 PLAIN = (
@@ -105,7 +119,7 @@ def labelled(count: int, seed: int, openings: Sequence[str]) -> tuple[list[str],
 
 
 def learn_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A lower-casing WordPiece tokenizer that frames a text with [CLS] and [SEP]: the common words of the texts, and letters to spell others.
+    """Lower case, the common words of the texts, letters to spell others, and [CLS] and [SEP] around a text.
 
     Not a trainer of `tokenizers`: those break ties differently in every process, and then no two builds would be the same model.
     """
@@ -124,10 +138,18 @@ def learn_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
 def new_model(vocabulary: int) -> BertForSequenceClassification:
     """About 0.15 M random weights."""
     config = BertConfig(
-        vocab_size=vocabulary, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
-        max_position_embeddings=POSITIONS, num_labels=len(LABELS), id2label=LABELS, label2id={name: label for label, name in LABELS.items()},
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        max_position_embeddings=POSITIONS,
+        id2label=LABELS,
+        label2id={name: label for label, name in LABELS.items()},
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        pad_token_id=0,
+    )
     return BertForSequenceClassification(config)
 
 
@@ -187,6 +209,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder to write (default: runs/sentiment/classifier)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    torch.set_num_threads(1)  # so small a model gains nothing from more, and the weights do not depend on how many there are
     began, size = time.perf_counter(), Size()
     reached = build(options.output, size, options.seed)
     seconds = time.perf_counter() - began
