@@ -49,8 +49,9 @@ WORDS = {
     "thing": _words("ball box tree flower boat cake kite house hat book car river garden park store toy bed rock cloud drum shoe pond"),
     "look": _words("small big red blue green old quiet tall round wet new slow soft long cold white loud"),
     "feeling": _words(
-        "happy glad proud kind cheerful excited friendly safe brave lucky joyful grateful calm sweet lovely funny playful special good "
-        "nice sad angry scared hurt lonely upset tired mad mean afraid worried bad lost broken sick bored jealous terrible ugly cruel"
+        "happy glad proud kind cheerful excited friendly safe brave lucky joyful grateful calm sweet lovely funny playful special "
+        "good nice sad angry scared hurt lonely upset tired mad mean afraid worried bad lost broken sick bored jealous terrible ugly "
+        "nervous cruel"
     ),
     "deed": _words("loved hugged thanked helped enjoyed liked shared hated hurt broke lost ruined stole missed hit dropped"),
     "sound": _words("smiled|laughed|cheered|had fun|danced|sang|cried|screamed|yelled|fought|cried a lot|fell down"),
