@@ -46,7 +46,7 @@ class ScaleEngine:
         self.w.grad = None
         return StepInfo(grad_norm=norm, lr=0.1)
 
-    def export_weights(self):
+    def export_weights(self, merged: bool = True):
         yield {"w": self.w.data.clone()}
 
     def save(self, folder):
