@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from rlhf_dist.config.errors import UserError
 from rlhf_dist.config.ppo import PPOConfig
 from rlhf_dist.config.rewards import FunctionReward as FunctionRewardSection
 from rlhf_dist.data.prompts import PromptStream, check_prompts
+from rlhf_dist.data.records import columns_of
 from rlhf_dist.models.loading import context_length, load_config, load_tokenizer, stop_tokens
 from rlhf_dist.rewards.function import FunctionReward, probe
 from rlhf_dist.workers.roles import needed_roles, section_of
@@ -111,10 +111,5 @@ def _check_rewards(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> Non
     if not functions:
         return
     records = PromptStream(config.data, tokenizer, split="train", seed=config.run.seed).batch(0, PROBE_ROWS)
-    columns = _columns([record.columns for record in records])
     for source in functions:
-        probe(FunctionReward(source.name, source.path), [record.text for record in records], columns)
-
-
-def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-    return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
+        probe(FunctionReward(source.name, source.path), [record.text for record in records], columns_of(records))

@@ -10,7 +10,7 @@ from rlhf_dist.config.errors import UserError
 from rlhf_dist.config.sft import SFTConfig
 from rlhf_dist.data.demonstrations import DemonstrationReader
 from rlhf_dist.data.reading import ReadOptions
-from rlhf_dist.data.token_rows import DemonstrationEncoder
+from rlhf_dist.data.token_rows import DemonstrationEncoder, too_long
 from rlhf_dist.models.loading import context_length, load_config, load_tokenizer
 
 CHECK_ROWS = 256
@@ -39,6 +39,5 @@ def check_sft(config: SFTConfig) -> dict[str, Any]:
             row = encoder.encode(record)
             looked_at += 1
             if len(row) > config.data.max_tokens and config.data.overlong == "error":
-                fix = "raise data.max_tokens, or set data.overlong: drop or truncate"
-                raise UserError(f"the row has {len(row)} tokens, the limit is {config.data.max_tokens}", where=record.origin.where, fix=fix)
+                raise too_long(row, config.data.max_tokens, record.origin.where)
     return {"rows looked at": looked_at}

@@ -17,6 +17,15 @@ class TrainingSection(Section):
     max_steps: int | None = Field(None, ge=1, description="end after so many optimizer steps, even within an epoch")
     evaluate_every: int = Field(0, ge=0, description="optimizer steps between evaluations; 0: before, after each epoch, and at the end")
 
+    def steps_per_epoch(self, rows: int) -> int:
+        """Optimizer steps in one pass over the rows."""
+        return -(-rows // self.batch_size)
+
+    def total_steps(self, rows: int) -> int:
+        """Optimizer steps of the run, one at least: what the loop counts to and the learning-rate schedule spans."""
+        steps = self.steps_per_epoch(rows) * self.epochs
+        return max(1, min(steps, self.max_steps or steps))
+
 
 class RowsSection(Section):
     """Rows of a supervised stage, and what happens to those that do not fit."""

@@ -37,6 +37,12 @@ class PromptRecord:
     truncated: bool = False
 
 
+def columns_of(records: Sequence[PromptRecord]) -> dict[str, tuple[Any, ...]]:
+    """The columns of several prompts, as rewards are given them: one entry a prompt, None where its row lacks the column."""
+    names = dict.fromkeys(name for record in records for name in record.columns)
+    return {name: tuple(record.columns.get(name) for record in records) for name in names}
+
+
 def keep_end(tokens: tuple[int, ...], limit: int, bos: int | None) -> tuple[int, ...]:
     """The last `limit` tokens; a start token in front stays in front, for models lean on it."""
     if limit > 1 and bos is not None and tokens[0] == bos:

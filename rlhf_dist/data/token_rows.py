@@ -104,6 +104,12 @@ class DemonstrationEncoder:
         return TokenRow(np.array(encoded["input_ids"], dtype=np.int32), trained)
 
 
+def too_long(row: TokenRow, limit: int, where: str) -> UserError:
+    """What is said of a row that exceeds `data.max_tokens` where nothing may be dropped or cut."""
+    fix = "raise data.max_tokens, or set data.overlong: drop or truncate"
+    return UserError(f"the row has {len(row)} tokens, the limit is {limit}", where=where, fix=fix)
+
+
 def collate(rows: Sequence[TokenRow]) -> SequenceBatch:
     """A padded batch: a row's prompt is what stands before its first trained token, its response the rest; untrained tokens in it are
     attended to and masked out of the loss.

@@ -83,11 +83,10 @@ class SupervisedLoop:
     def _start(self) -> int:
         self.recorder.config(self._config)
         self._facts = self.group.collect(self.group.submit(SupervisedRole.describe, [()] * self.group.world_size))[0]
-        rows, size = len(self._facts.lengths), self._training.batch_size
+        rows = len(self._facts.lengths)
         if not rows:
             raise UserError("no row is left to train on", where="data.train", fix=f"rows dropped: {self._facts.fates or 'none'}")
-        self._steps_per_epoch = -(-rows // size)
-        total = min(self._steps_per_epoch * self._training.epochs, self._training.max_steps or 2**62)
+        self._steps_per_epoch, total = self._training.steps_per_epoch(rows), self._training.total_steps(rows)
         shown = {"rows": rows, "held-out rows": len(self._facts.eval_lengths), "optimizer steps": total, "ranks": self.group.world_size}
         self.reporter.started(self._facts.facts | shown | self._facts.fates)
         return total

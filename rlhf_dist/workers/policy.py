@@ -39,7 +39,7 @@ from rlhf_dist.workers.estimation import Estimator, on_policy_gaps, token_kl
 from rlhf_dist.workers.export import export_model
 from rlhf_dist.workers.sampling import Sampler
 from rlhf_dist.workers.scoring import rows_of_rank, score_rows
-from rlhf_dist.workers.training import Trainer, build_engine, optimizer_steps, prepare_checkpointing, seeded
+from rlhf_dist.workers.training import Trainer, build_engine, optimizer_steps, parameter_counts, prepare_checkpointing, seeded
 from rlhf_dist.workers.weight_sync import checksum, copy_weights, trained_weights_of, weights_of
 
 
@@ -69,14 +69,15 @@ class PolicyWorker:
 
     def describe(self) -> dict[str, Any]:
         """Facts about model and data."""
-        parameters = [p for p in self._engine.module.parameters()]
-        return {
-            "parameters": sum(int(getattr(p, "ds_numel", p.numel())) for p in parameters),
-            "trained_parameters": sum(int(getattr(p, "ds_numel", p.numel())) for p in parameters if p.requires_grad),
-            "stop_tokens": list(self._stop_tokens),
-            "held_out_prompts": len(self._eval_prompts),
-            "device": self._rank.device,
-        } | self._eval_fates
+        return (
+            parameter_counts(self._engine.module)
+            | {
+                "stop_tokens": list(self._stop_tokens),
+                "held_out_prompts": len(self._eval_prompts),
+                "device": self._rank.device,
+            }
+            | self._eval_fates
+        )
 
     def generate(self, request: GenerateRequest) -> Stored[ExperienceBatch, RolloutInfo]:
         """Samples a shard of prompts.

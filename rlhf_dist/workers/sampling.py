@@ -17,7 +17,7 @@ from rlhf_dist.contracts.experience import ExperienceBatch, StopReason
 from rlhf_dist.contracts.group import Stored
 from rlhf_dist.contracts.roles import GenerateRequest, RolloutInfo
 from rlhf_dist.contracts.tally import Tally
-from rlhf_dist.data.prompts import PromptRecord
+from rlhf_dist.data.records import PromptRecord, columns_of
 from rlhf_dist.rollout.native import Completion, NativeEngine, RolloutRow, SamplingKey
 from rlhf_dist.rollout.sampling import SamplingParams
 
@@ -83,7 +83,7 @@ class Sampler:
             rollout_logprobs_BT=_matrix([tuple(c.logprobs) + (0.0,) * (response - len(c.logprobs)) for c in done], response, torch.float32),
             prompts=tuple(record.text for record in records),
             completions=tuple(self._text(completion) for completion in done),
-            columns=_columns(records),
+            columns=columns_of(records),
         )
 
     def _text(self, completion: Completion) -> str:
@@ -120,11 +120,6 @@ def _rows(before: Sequence[PromptRecord], prompts: Sequence[PromptRecord], sampl
 
 def _shortened(params: SamplingParams, max_new_tokens: int) -> SamplingParams:
     return dataclasses.replace(params, max_new_tokens=min(params.max_new_tokens, max_new_tokens))
-
-
-def _columns(records: Sequence[PromptRecord]) -> dict[str, tuple[Any, ...]]:
-    names = dict.fromkeys(name for record in records for name in record.columns)
-    return {name: tuple(record.columns.get(name) for record in records) for name in names}
 
 
 def _matrix(rows: list[tuple[Any, ...]], width: int, dtype: torch.dtype) -> torch.Tensor:

@@ -6,12 +6,11 @@ from collections import Counter
 from typing import Any
 
 from rlhf_dist.algos.likelihood import nll_objective
-from rlhf_dist.config.errors import UserError
 from rlhf_dist.config.sft import SFTConfig
 from rlhf_dist.config.supervised import RowsSection
 from rlhf_dist.data.demonstrations import DemonstrationReader
 from rlhf_dist.data.reading import ReadOptions
-from rlhf_dist.data.token_rows import DemonstrationEncoder, TokenRow, collate
+from rlhf_dist.data.token_rows import DemonstrationEncoder, TokenRow, collate, too_long
 from rlhf_dist.engines.deepspeed import Training
 from rlhf_dist.engines.process import Rank
 from rlhf_dist.models.loading import load_causal_lm, load_tokenizer, stop_tokens
@@ -30,15 +29,9 @@ def build_sft(config: SFTConfig, rank: Rank) -> SupervisedWorker:
     model = load_causal_lm(section, section.model)
     if section.lora is not None:
         model = add_adapter(model, section.lora, config.run.seed)
-    steps = total_steps(config, len(rows.train))
-    engine = build_engine(PolicyModule(prepare_checkpointing(model, section)), section, rank, Training(section.optim, steps))
+    training = Training(section.optim, config.training.total_steps(len(rows.train)))
+    engine = build_engine(PolicyModule(prepare_checkpointing(model, section)), section, rank, training)
     return SupervisedWorker(engine, nll_objective, rows, collate, tokenizer)
-
-
-def total_steps(config: SFTConfig, rows: int) -> int:
-    """Optimizer steps of the run: what the learning-rate schedule spans."""
-    epochs = -(-rows // config.training.batch_size) * config.training.epochs
-    return max(1, min(epochs, config.training.max_steps or epochs))
 
 
 def sft_rows(config: SFTConfig, tokenizer: Any) -> Rows:
@@ -84,8 +77,7 @@ def _faults(reader: DemonstrationReader) -> dict[str, int]:
 
 def _fitted(row: TokenRow, section: RowsSection, where: str, fates: Counter[str]) -> TokenRow:
     if section.overlong == "error":
-        fix = "raise data.max_tokens, or set data.overlong: drop or truncate"
-        raise UserError(f"the row has {len(row)} tokens, the limit is {section.max_tokens}", where=where, fix=fix)
+        raise too_long(row, section.max_tokens, where)
     if section.overlong == "drop":
         fates["dropped: longer than data.max_tokens"] += 1
         return row.cut(0)

@@ -15,6 +15,7 @@ from rlhf_dist.contracts.supervised import RowFacts
 from rlhf_dist.contracts.tally import Tally
 from rlhf_dist.engines.deepspeed import DeepSpeedEngine
 from rlhf_dist.workers.export import export_model
+from rlhf_dist.workers.training import parameter_counts
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,12 @@ class SupervisedWorker:
 
     def describe(self) -> RowFacts:
         """Lengths and weights of all rows."""
-        parameters = list(self._engine.module.parameters())
-        count = sum(int(getattr(p, "ds_numel", p.numel())) for p in parameters)
-        trained = sum(int(getattr(p, "ds_numel", p.numel())) for p in parameters if p.requires_grad)
         return RowFacts(
             lengths=tuple(len(row) for row in self._rows.train),
             weights=tuple(float(row.weight) for row in self._rows.train),
             eval_lengths=tuple(len(row) for row in self._rows.evaluation),
             fates=self._rows.fates,
-            facts={"parameters": count, "trained_parameters": trained, "device": str(self._engine.device)},
+            facts=parameter_counts(self._engine.module) | {"device": str(self._engine.device)},
         )
 
     def update(self, request: UpdateRequest) -> UpdateInfo:

@@ -71,6 +71,12 @@ def prepare_checkpointing(model: Any, section: PolicySection | ValueSection) -> 
     return model
 
 
+def parameter_counts(module: torch.nn.Module) -> dict[str, int]:
+    """All parameters and those that are trained; whole ones, also where ZeRO 3 left a shard of each here."""
+    sizes = [(int(getattr(p, "ds_numel", p.numel())), p.requires_grad) for p in module.parameters()]
+    return {"parameters": sum(size for size, _ in sizes), "trained_parameters": sum(size for size, trained in sizes if trained)}
+
+
 def seeded(seed: int) -> None:
     """Seeds torch for whatever is initialised at random (nothing in a PPO step draws from it)."""
     torch.manual_seed(seed)

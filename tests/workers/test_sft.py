@@ -11,7 +11,7 @@ import pytest
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.config.sft import SFTConfig
 from rlhf_dist.models.loading import load_tokenizer
-from rlhf_dist.workers.sft import sft_rows, total_steps
+from rlhf_dist.workers.sft import sft_rows
 
 
 @pytest.fixture
@@ -55,6 +55,6 @@ def test_what_is_too_long(tiny_model: Path, rows_file: Path) -> None:
 
 def test_the_schedule_spans_the_run(tiny_model: Path, rows_file: Path) -> None:
     given = config(tiny_model, rows_file)
-    assert total_steps(given, 40) == 6
+    assert given.training.total_steps(40) == 6
     short = SFTConfig.model_validate(given.model_dump() | {"training": {"batch_size": 16, "max_steps": 4, "epochs": 9}})
-    assert total_steps(short, 40) == 4
+    assert short.training.total_steps(40) == 4
