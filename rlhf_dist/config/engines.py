@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rlhf_dist.config.optim import OptimSection
 from rlhf_dist.config.section import Section
@@ -31,15 +31,29 @@ class EngineSection(Section):
     microbatch_tokens: int = Field(8192, ge=1, description="padded tokens in one forward; a longer sequence travels alone")
     trust_remote_code: bool = Field(False, description="run code shipped inside the model folder")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="attention kernel of transformers")
+    quantize: Literal["none", "nf4"] = Field(
+        "none", description="nf4: hold the linear layers in 4 bits (bitsandbytes); what is trained then needs `lora` (QLoRA)"
+    )
 
 
-class PolicySection(EngineSection):
-    """The model being aligned."""
+class TrainedSection(EngineSection):
+    """What a trained engine has besides."""
 
-    model: str = Field(description="Hugging Face folder (or cached hub name) of a causal LM")
     lora: LoraSection | None = Field(None, description="train adapters instead of all weights")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     optim: OptimSection = Field(default_factory=OptimSection)
+
+    @model_validator(mode="after")
+    def _four_bits_are_frozen(self) -> TrainedSection:
+        if self.quantize != "none" and self.lora is None:
+            raise ValueError("quantize freezes the linear layers, so adapters must learn: set lora, for example lora.r=16")
+        return self
+
+
+class PolicySection(TrainedSection):
+    """The model being aligned."""
+
+    model: str = Field(description="Hugging Face folder (or cached hub name) of a causal LM, or of a peft adapter for one")
 
 
 class ReferenceSection(EngineSection):
@@ -48,11 +62,10 @@ class ReferenceSection(EngineSection):
     model: str = Field("", description="empty: the initial policy")
 
 
-class ValueSection(EngineSection):
+class ValueSection(TrainedSection):
     """The critic, on a backbone of its own. Started only by the `gae` estimator."""
 
     model: str = Field("", description="causal LM or sequence classifier; empty: the initial policy")
     head_init: Literal["zero", "keep"] = Field("zero", description="start the head at zero, or keep a classifier's head")
-    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     optim: OptimSection = Field(default_factory=lambda: OptimSection(lr=1e-5))
     warmup_steps: int = Field(0, ge=0, description="PPO steps at the start that train the value model alone")

@@ -71,7 +71,11 @@ class DemonstrationEncoder:
         if record.turns:
             return self._dialogue(record)
         assert isinstance(record.prompt, str)
-        row = self._row(record.prompt + record.completion, [(len(record.prompt), len(record.prompt + record.completion))], special=True)
+        return self.text(record.prompt, record.completion)
+
+    def text(self, prompt: str, completion: str) -> TokenRow:
+        """Prompt and completion as one text, with the stop token behind it."""
+        row = self.spans(prompt + completion, [(len(prompt), len(prompt + completion))], special=True)
         if self._stop is None or (len(row) and row.tokens[-1] == self._stop):
             return row
         return TokenRow(np.append(row.tokens, np.int32(self._stop)), np.append(row.trained, True))
@@ -91,9 +95,10 @@ class DemonstrationEncoder:
                         "the chat template renders earlier turns anew, so assistant turns cannot be told apart", where=where, fix=fix
                     )
                 spans.append((len(before), len(through)))
-        return self._row(text, spans, special=False)
+        return self.spans(text, spans, special=False)
 
-    def _row(self, text: str, spans: Sequence[tuple[int, int]], *, special: bool) -> TokenRow:
+    def spans(self, text: str, spans: Sequence[tuple[int, int]], *, special: bool) -> TokenRow:
+        """A text whose tokens in the given spans of characters are trained on; special: whether the tokenizer adds its own tokens."""
         encoded: Any = self._tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
         ends = np.array([end for _, end in encoded["offset_mapping"]])
         starts = np.array([start for start, _ in encoded["offset_mapping"]])

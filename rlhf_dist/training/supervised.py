@@ -6,7 +6,7 @@ Like the PPO coordinator it handles row numbers and metrics only; rows and tenso
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +19,29 @@ from rlhf_dist.contracts.group import WorkerGroup
 from rlhf_dist.contracts.roles import UpdateInfo, UpdateRequest
 from rlhf_dist.contracts.supervised import RowFacts, SupervisedRole
 from rlhf_dist.contracts.tally import merged
-from rlhf_dist.data.schedule import assign, minibatch_rows
+from rlhf_dist.data.schedule import Microbatches, assign, minibatch_rows
 from rlhf_dist.runs.clock import Clock
 from rlhf_dist.runs.progress import Reporter
 from rlhf_dist.runs.recorder import Recorder
 from rlhf_dist.runs.summary import config_hash, versions
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a stage's own phases work with: the group, what is known of its rows, padded tokens of a microbatch, the recorder."""
+
+    group: WorkerGroup
+    facts: RowFacts
+    budget: int
+    recorder: Recorder
+
+    def shares(self, lengths: Sequence[int]) -> list[Microbatches]:
+        """All rows of a side, shared out over the ranks."""
+        return assign(range(len(lengths)), lengths, self.group.world_size, self.budget)
+
+
+Phase = Callable[[Setting], dict[str, Any]]
+"""Returns what the summary shall say of it."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +50,15 @@ class Stage:
 
     name: of the stage. score: the held-out metric that decides which model is best, and whether more is better.
     derive: metrics that follow from the means, such as perplexity from the loss.
+    prepare: a phase before the first step, such as the reference's log-probs. conclude: one after the last, such as a report.
     """
 
     name: str
     score: str
     more_is_better: bool = False
     derive: Callable[[dict[str, float]], dict[str, float]] = dict
+    prepare: Phase | None = None
+    conclude: Phase | None = None
 
 
 class SupervisedLoop:
@@ -70,6 +91,7 @@ class SupervisedLoop:
         """
         began = time.perf_counter()
         total = self._start()
+        extras = self._phase("prepare", self.stage.prepare, 0)
         self.recorder.metrics(0, self._evaluate(0))
         for step, rows in enumerate(self._batches(), 1):
             with self._clock.phase("train"):
@@ -78,7 +100,8 @@ class SupervisedLoop:
                 metrics |= self._evaluate(step)
             self.recorder.metrics(step, metrics | {"epoch": step / self._steps_per_epoch})
             self.reporter.step(step, total, metrics)
-        return self._finish(total, time.perf_counter() - began)
+        extras |= self._phase("conclude", self.stage.conclude, total)
+        return self._finish(total, time.perf_counter() - began, extras)
 
     def _start(self) -> int:
         self.recorder.config(self._config)
@@ -90,6 +113,13 @@ class SupervisedLoop:
         shown = {"rows": rows, "held-out rows": len(self._facts.eval_lengths), "optimizer steps": total, "ranks": self.group.world_size}
         self.reporter.started(self._facts.facts | shown | self._facts.fates)
         return total
+
+    def _phase(self, name: str, phase: Phase | None, step: int) -> dict[str, Any]:
+        if phase is None:
+            return {}
+        self.reporter.phase(step, name)
+        with self._clock.phase(name):
+            return phase(Setting(self.group, self._facts, self._budget, self.recorder))
 
     def _batches(self) -> Iterator[tuple[int, ...]]:
         """The rows of every optimizer step: a fresh order an epoch, sizes that differ by one at most."""
@@ -146,7 +176,7 @@ class SupervisedLoop:
         every = self._training.evaluate_every or self._steps_per_epoch
         return step % every == 0
 
-    def _finish(self, total: int, seconds: float) -> dict[str, Any]:
+    def _finish(self, total: int, seconds: float, extras: dict[str, Any]) -> dict[str, Any]:
         self._export("model")
         evaluations = [self._evaluations[step] for step in sorted(self._evaluations)]
         summary = {
@@ -162,7 +192,7 @@ class SupervisedLoop:
             "rows": {"train": len(self._facts.lengths), "eval": len(self._facts.eval_lengths)} | self._facts.fates,
             "tokens_per_second": self._clock.tokens / self._clock.seconds["train"],
             "versions": versions(),
-        }
+        } | extras
         self.recorder.summary(summary)
         self.recorder.close()
         self.reporter.finished(summary)

@@ -9,13 +9,14 @@ from rlhf_dist.algos.likelihood import nll_objective
 from rlhf_dist.config.sft import SFTConfig
 from rlhf_dist.config.supervised import RowsSection
 from rlhf_dist.data.demonstrations import DemonstrationReader
-from rlhf_dist.data.reading import ReadOptions
+from rlhf_dist.data.layouts import Demonstration
 from rlhf_dist.data.token_rows import DemonstrationEncoder, TokenRow, collate, too_long
 from rlhf_dist.engines.deepspeed import Training
 from rlhf_dist.engines.process import Rank
 from rlhf_dist.models.loading import load_causal_lm, load_tokenizer, stop_tokens
 from rlhf_dist.models.lora import add_adapter
 from rlhf_dist.models.policy import PolicyModule
+from rlhf_dist.workers.rows import read_rows
 from rlhf_dist.workers.supervised import Rows, SupervisedWorker
 from rlhf_dist.workers.training import build_engine, prepare_checkpointing, seeded
 
@@ -40,46 +41,23 @@ def sft_rows(config: SFTConfig, tokenizer: Any) -> Rows:
     Raises:
         UserError: a faulty or too long row where the config says `error`, or none left.
     """
-    section, fates = config.data, Counter[str]()
+    section = config.data
     stops = stop_tokens(config.model.model, tokenizer, trust_remote_code=config.model.trust_remote_code)
     stop = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else next(iter(stops), None)
     encoder = DemonstrationEncoder(tokenizer, stop, config.sft.loss_on)
-    reader = DemonstrationReader(section.train, _options(section, "train"))
-    train, evaluation = _rows(reader, encoder, section, fates), list[TokenRow]()
-    fates.update(_faults(reader))
-    if section.eval or section.eval_fraction:
-        held_out = DemonstrationReader(section.eval or section.train, _options(section, "eval"))
-        evaluation = _rows(held_out, encoder, section, fates)
-        fates.update(_faults(held_out) if section.eval else {})  # the same file has the same faults, counted once
-    return Rows(train, evaluation, dict(fates))
+    return read_rows(section, DemonstrationReader, lambda record, fates: _row(record, encoder, section, fates))
 
 
-def _options(section: RowsSection, split: Any) -> ReadOptions:
-    return ReadOptions(section.faults) if section.eval else ReadOptions(section.faults, split, section.eval_fraction)
-
-
-def _rows(reader: DemonstrationReader, encoder: DemonstrationEncoder, section: RowsSection, fates: Counter[str]) -> list[TokenRow]:
-    rows = []
-    for record in reader:
-        row = encoder.encode(record)
-        if len(row) > section.max_tokens:
-            row = _fitted(row, section, record.origin.where, fates)
-        if row.weight:
-            rows.append(row)
-        elif len(row):
-            fates["dropped: nothing left to train on"] += 1
-    return rows
-
-
-def _faults(reader: DemonstrationReader) -> dict[str, int]:
-    return {f"dropped: {reason}": count for reason, count in reader.counts.dropped.items()}
-
-
-def _fitted(row: TokenRow, section: RowsSection, where: str, fates: Counter[str]) -> TokenRow:
-    if section.overlong == "error":
-        raise too_long(row, section.max_tokens, where)
-    if section.overlong == "drop":
-        fates["dropped: longer than data.max_tokens"] += 1
-        return row.cut(0)
-    fates["cut: longer than data.max_tokens"] += 1
-    return row.cut(section.max_tokens)
+def _row(record: Demonstration, encoder: DemonstrationEncoder, section: RowsSection, fates: Counter[str]) -> TokenRow | None:
+    row = encoder.encode(record)
+    if len(row) > section.max_tokens:
+        if section.overlong == "error":
+            raise too_long(row, section.max_tokens, record.origin.where)
+        fates["dropped: longer than data.max_tokens" if section.overlong == "drop" else "cut: longer than data.max_tokens"] += 1
+        if section.overlong == "drop":
+            return None
+        row = row.cut(section.max_tokens)
+    if not row.weight:
+        fates["dropped: nothing left to train on"] += 1
+        return None
+    return row
