@@ -1,0 +1,81 @@
+"""The rows of a supervised stage: train and held-out side of its files, encoded, with every row that was dropped or cut counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rlhf_dist.config.supervised import RowsSection
+from rlhf_dist.data.answers import AnswersEncoder, AnswersRow, fitted
+from rlhf_dist.data.layouts import PreferencePair, Ranking
+from rlhf_dist.data.preferences import PreferenceReader
+from rlhf_dist.data.reading import ReadOptions, RecordReader
+from rlhf_dist.data.splitting import Split, split_key
+from rlhf_dist.workers.supervised import Rows
+
+Encode = Callable[[Any, Counter[str]], Any]
+"""Makes a row of a record, or None; what was dropped or cut is counted by reason."""
+
+
+def read_rows(section: RowsSection, reader: Callable[[list[str], ReadOptions], RecordReader], encode: Encode) -> Rows:
+    """Reads and encodes both sides.
+
+    Raises:
+        UserError: a faulty row where the config says `error`, or none left.
+    """
+    fates = Counter[str]()
+    train = reader(section.train, _options(section, "train"))
+    rows, held_out = list(_encoded(train, encode, fates)), list[Any]()
+    fates.update(_faults(train))
+    if section.eval or section.eval_fraction:
+        other = reader(section.eval or section.train, _options(section, "eval"))
+        held_out = list(_encoded(other, encode, fates))
+        fates.update(_faults(other) if section.eval else {})  # the same file has the same faults, counted once
+    return Rows(rows, held_out, dict(fates))
+
+
+def preference_rows(section: RowsSection, encoder: AnswersEncoder, *, as_pairs: bool) -> Rows:
+    """Preferences as `AnswersRow`; rankings whole, or as their pairs.
+
+    Raises:
+        UserError: as `read_rows`.
+    """
+    numbers: dict[str, int] = {}
+
+    def encode(record: PreferencePair | Ranking, fates: Counter[str]) -> AnswersRow | None:
+        texts = record.answers if isinstance(record, Ranking) else (record.chosen, record.rejected)
+        where = record.origin.where
+        whole = [encoder.encode(record.prompt, text, where=where) for text in texts]
+        answers, fate = fitted(whole, section.max_tokens, section.overlong, where, encoder.bos)
+        if answers and any(row.weight == 0 for row in answers):
+            answers, fate = (), "dropped: an answer without a token"
+        fates.update([fate] if fate else [])
+        if not answers:
+            return None
+        pair = record if isinstance(record, PreferencePair) else None
+        return AnswersRow(
+            answers,
+            numbers.setdefault(split_key(record), len(numbers)),
+            record.origin.source,
+            pair.margin if pair else None,
+            pair.label_probability if pair else None,
+            record.weight,
+        )
+
+    return read_rows(section, lambda files, options: PreferenceReader(files, options, rankings="pairs" if as_pairs else "keep"), encode)
+
+
+def _encoded(reader: Any, encode: Encode, fates: Counter[str]) -> Iterator[Any]:
+    for record in reader:
+        row = encode(record, fates)
+        if row is not None:
+            yield row
+
+
+def _options(section: RowsSection, split: Split) -> ReadOptions:
+    return ReadOptions(section.faults) if section.eval else ReadOptions(section.faults, split, section.eval_fraction)
+
+
+def _faults(reader: RecordReader) -> dict[str, int]:
+    return {f"dropped: {reason}": count for reason, count in reader.counts.dropped.items()}
