@@ -28,6 +28,11 @@ program() {
   fi
 }
 
+# Whether a word names a stage, that is, a verb of rlhf-dist that a launcher can run.
+is_stage() {
+  case "$1" in sft | reward | dpo | ppo) true ;; *) false ;; esac
+}
+
 # A config as an absolute path: as seen from where the caller stands, else from the repository root.
 config_path() {
   if [[ -f "$1" ]]; then

@@ -1,13 +1,20 @@
 #!/usr/bin/env bash
-# Runs `rlhf-dist ppo` under the deepspeed launcher on this machine: no Ray, no ssh; every engine spans all ranks.
-# usage: bash launch/deepspeed_single_node.sh CONFIG [key.path=value ...]
+# Runs a stage of rlhf-dist under the deepspeed launcher on this machine: no Ray, no ssh; every engine spans all ranks.
+# usage: bash launch/deepspeed_single_node.sh [sft|reward|dpo|ppo] CONFIG [key.path=value ...]      (default: ppo)
 #   RANKS         processes to start (default: one a visible GPU, else 2)
 #   MASTER_PORT   port of the process group (default: DeepSpeed's, 29500)
+# placement.launcher=spmd is set here, for every stage. RANKS decides how many ranks there are: `policy.ranks`, `model.ranks` and the like,
+# which only Ray reads, are overwritten with it in the config that is saved with the run.
 # Runs in this repository's root, so relative paths in the config start there.
 set -euo pipefail
 # shellcheck source=launch/_setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
-(($# >= 1)) || die "usage: bash launch/deepspeed_single_node.sh CONFIG [key.path=value ...]"
+stage=ppo
+if (($# >= 1)) && is_stage "$1"; then
+  stage="$1"
+  shift
+fi
+(($# >= 1)) || die "usage: bash launch/deepspeed_single_node.sh [sft|reward|dpo|ppo] CONFIG [key.path=value ...]"
 
 config="$(config_path "$1")"
 shift
@@ -28,4 +35,4 @@ fi
 
 # An empty hostfile keeps the launcher on this machine; ranks learn their number from LOCAL_RANK, not from an argument.
 exec "$deepspeed" --hostfile /dev/null "${ranks[@]}" ${MASTER_PORT:+--master_port "$MASTER_PORT"} --no_local_rank \
-  --module rlhf_dist.cli.main ppo --config "$config" placement.launcher=spmd "$@"
+  --module rlhf_dist.cli.main "$stage" --config "$config" placement.launcher=spmd "$@"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from rlhf_dist.config.deepspeed import resolve_deepspeed
 from rlhf_dist.config.engines import EngineSection
@@ -15,7 +15,7 @@ from rlhf_dist.config.ppo import PPOConfig
 from rlhf_dist.config.rewards import FunctionReward as FunctionRewardSection
 from rlhf_dist.data.prompts import PromptStream, check_prompts
 from rlhf_dist.data.records import columns_of
-from rlhf_dist.models.loading import context_length, load_config, load_tokenizer, stop_tokens
+from rlhf_dist.models.loading import check_loadable, context_length, load_config, load_tokenizer, stop_tokens, tokenizer_folder
 from rlhf_dist.rewards.function import FunctionReward, probe
 from rlhf_dist.workers.roles import needed_roles, section_of
 
@@ -60,6 +60,23 @@ def check_engine(role: str, section: EngineSection, launcher: str, *, trained: f
         raise UserError("DeepSpeed refuses fp16 on a CPU", where=f"{role}.dtype", fix=f"use bf16 or fp32, or give {role} a GPU")
 
 
+def check_quantisation(role: str, section: EngineSection, path: str, *, classifier: bool = False) -> None:
+    """Whether an adapter given as a model fits its base, and whether the model's layers can be held in 4 bits; no weights are loaded.
+
+    Args:
+        role: as the config names it. section: its section. path: the model. classifier: loaded as a sequence classifier.
+
+    Raises:
+        UserError: an adapter made for another base model; a layer that cannot be quantised where the engine will be.
+    """
+    kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    on_gpu = section.gpus_per_rank > 0 or torch.cuda.is_available()
+    try:
+        check_loadable(kind, section, path, on_gpu=on_gpu)
+    except UserError as error:
+        raise UserError(error.what, where=f"{role}: {error.where}", fix=error.fix) from error
+
+
 def _has_gpu(section: EngineSection, launcher: str) -> bool:
     """Ray's ranks see the GPUs they ask for; those of the deepspeed launcher see what this machine has."""
     return section.gpus_per_rank > 0 if launcher == "ray" else torch.cuda.is_available()
@@ -82,16 +99,39 @@ def _check_models(config: PPOConfig) -> PreTrainedTokenizerBase:
     tokenizer = load_tokenizer(config.policy.model, trust_remote_code=config.policy.trust_remote_code)
     for role, path in paths.items():
         if path and path != config.policy.model:
-            _check_vocabulary(role, path, tokenizer, trust_remote_code=getattr(config, role).trust_remote_code)
+            check_vocabulary(role, path, tokenizer, trust_remote_code=getattr(config, role).trust_remote_code)
+    for role in needed_roles(config):
+        if role != "reward":
+            check_quantisation(role, section_of(config, role), paths[role] or config.policy.model, classifier=role == "value")
     for source in config.reward.sources:
         if source.kind == "model":
+            check_quantisation(f"reward {source.name}", config.reward, source.model, classifier=True)
             load_config(source.model, trust_remote_code=config.reward.trust_remote_code)
             load_tokenizer(source.model, trust_remote_code=config.reward.trust_remote_code)
     return tokenizer
 
 
-def _check_vocabulary(role: str, path: str, tokenizer: PreTrainedTokenizerBase, *, trust_remote_code: bool) -> None:
-    """Reference and value model read the policy's token ids."""
+def check_context(role: str, path: str, max_tokens: int, *, trust_remote_code: bool) -> None:
+    """The rows of a supervised stage fit the model.
+
+    Raises:
+        UserError: no such model, or one whose context is shorter than `data.max_tokens`.
+    """
+    context = context_length(load_config(path, trust_remote_code=trust_remote_code))
+    if context is not None and max_tokens > context:
+        raise UserError(
+            f"rows of up to {max_tokens} tokens do not fit the {role}'s context of {context}",
+            where="data.max_tokens",
+            fix=f"set data.max_tokens={context} or less, and data.overlong for rows that are longer",
+        )
+
+
+def check_vocabulary(role: str, path: str, tokenizer: PreTrainedTokenizerBase, *, trust_remote_code: bool) -> None:
+    """Reference and value model read the policy's token ids.
+
+    Raises:
+        UserError: no such model, or one that knows fewer tokens, or other ones.
+    """
     model = load_config(path, trust_remote_code=trust_remote_code)
     fix = f"give a {role} model that was trained with the policy's tokenizer"
     if model.get_text_config().vocab_size < len(tokenizer):
@@ -99,7 +139,7 @@ def _check_vocabulary(role: str, path: str, tokenizer: PreTrainedTokenizerBase, 
         raise UserError(
             f"the {role} model knows {known} tokens, the policy's tokenizer has {len(tokenizer)}", where=f"{role}.model", fix=fix
         )
-    if any((Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if any((Path(tokenizer_folder(path)) / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         own = load_tokenizer(path, trust_remote_code=trust_remote_code)
         theirs, ours = ({number: token for token, number in each.get_vocab().items()} for each in (own, tokenizer))
         if any(theirs[number] != ours[number] for number in theirs.keys() & ours.keys()):  # one of them may have added a pad, say

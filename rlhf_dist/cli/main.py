@@ -12,9 +12,15 @@ from rich.console import Console
 from rich.text import Text
 
 from rlhf_dist import __version__
+from rlhf_dist.cli import compare as compare_command
 from rlhf_dist.cli import config as config_command
 from rlhf_dist.cli import data as data_command
+from rlhf_dist.cli import dpo as dpo_command
+from rlhf_dist.cli import export as export_command
 from rlhf_dist.cli import ppo as ppo_command
+from rlhf_dist.cli import report as report_command
+from rlhf_dist.cli import reward as reward_command
+from rlhf_dist.cli import score as score_command
 from rlhf_dist.cli import sft as sft_command
 from rlhf_dist.cli import toy as toy_command
 from rlhf_dist.config.errors import UserError
@@ -28,7 +34,13 @@ app = typer.Typer(
 app.add_typer(config_command.app, name="config")
 app.add_typer(data_command.app, name="data")
 app.command("sft")(sft_command.sft)
+app.command("reward")(reward_command.reward)
+app.command("dpo")(dpo_command.dpo)
 app.command("ppo")(ppo_command.ppo)
+app.command("score")(score_command.score)
+app.command("compare")(compare_command.compare)
+app.command("report")(report_command.report)
+app.command("export")(export_command.export)
 app.command("toy")(toy_command.toy)
 
 

@@ -7,17 +7,25 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from rlhf_dist.cli.checks import check_run
+from rlhf_dist.cli.dpo_checks import check_dpo
+from rlhf_dist.cli.reward_checks import check_reward_model
 from rlhf_dist.cli.sft_checks import check_sft
+from rlhf_dist.config.dpo import DPOConfig
 from rlhf_dist.config.ppo import PPOConfig
+from rlhf_dist.config.reward_model import RewardModelConfig
 from rlhf_dist.config.sft import SFTConfig
 from rlhf_dist.coordinator.ppo import PPOCoordinator
 from rlhf_dist.coordinator.shards import Groups
 from rlhf_dist.engines.process import Rank
 from rlhf_dist.runs.progress import Reporter
 from rlhf_dist.runs.recorder import Recorder
+from rlhf_dist.training.dpo import DPO
+from rlhf_dist.training.reward_model import REWARD
 from rlhf_dist.training.sft import SFT
-from rlhf_dist.training.supervised import SupervisedLoop
+from rlhf_dist.training.supervised import Stage, SupervisedLoop
+from rlhf_dist.workers.dpo import build_dpo
 from rlhf_dist.workers.placement import Demand, demands
+from rlhf_dist.workers.reward_model import build_reward_model
 from rlhf_dist.workers.roles import ROLES, build_worker
 from rlhf_dist.workers.sft import build_sft
 
@@ -71,17 +79,20 @@ class PPOProgram:
         return PPOCoordinator(self.config, Groups(**groups), recorder, reporter).run()
 
 
-class SFTProgram:
-    """Supervised fine-tuning: one role, one loop."""
+class SupervisedProgram:
+    """A supervised stage: one role, one loop. Subclasses say what differs."""
 
     sections = ("model",)
+    stage: Stage
+    checks: Callable[[Any], Any]
+    builds: Callable[[Any, Rank], Any]
 
-    def __init__(self, config: SFTConfig) -> None:
+    def __init__(self, config: Any) -> None:
         self.config = config
 
     def check(self) -> Any:
         """Model, data, DeepSpeed file."""
-        return check_sft(self.config)
+        return type(self).checks(self.config)
 
     def demands(self) -> list[Demand]:
         """The one group."""
@@ -90,14 +101,32 @@ class SFTProgram:
 
     def factory(self, role: str) -> Callable[[Rank], Any]:
         """The one worker."""
-        return functools.partial(build_sft, self.config)
+        return functools.partial(type(self).builds, self.config)
 
     def run(self, groups: Mapping[str, Any], recorder: Recorder, reporter: Reporter) -> dict[str, Any]:
-        """The supervised loop."""
-        return SupervisedLoop(SFT, self.config, groups["model"], recorder, reporter).run()
+        """The supervised loop, with the phases of the stage."""
+        return SupervisedLoop(self.stage, self.config, groups["model"], recorder, reporter).run()
 
 
-PROGRAMS: dict[type, Any] = {PPOConfig: PPOProgram, SFTConfig: SFTProgram}
+class SFTProgram(SupervisedProgram):
+    """Supervised fine-tuning."""
+
+    stage, checks, builds = SFT, staticmethod(check_sft), staticmethod(build_sft)
+
+
+class RewardProgram(SupervisedProgram):
+    """Training of a reward model; it reports at the end."""
+
+    stage, checks, builds = REWARD, staticmethod(check_reward_model), staticmethod(build_reward_model)
+
+
+class DPOProgram(SupervisedProgram):
+    """Direct preference optimisation; the reference is asked before the first step."""
+
+    stage, checks, builds = DPO, staticmethod(check_dpo), staticmethod(build_dpo)
+
+
+PROGRAMS: dict[type, Any] = {PPOConfig: PPOProgram, SFTConfig: SFTProgram, RewardModelConfig: RewardProgram, DPOConfig: DPOProgram}
 
 
 def program_of(config: Any) -> Program:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from rlhf_dist.cli.checks import check_engine
-from rlhf_dist.config.errors import UserError
+from rlhf_dist.cli.checks import check_context, check_engine, check_quantisation
 from rlhf_dist.config.sft import SFTConfig
 from rlhf_dist.data.demonstrations import DemonstrationReader
 from rlhf_dist.data.reading import ReadOptions
 from rlhf_dist.data.token_rows import DemonstrationEncoder, too_long
-from rlhf_dist.models.loading import context_length, load_config, load_tokenizer
+from rlhf_dist.models.loading import load_tokenizer
 
 CHECK_ROWS = 256
 
@@ -24,13 +23,8 @@ def check_sft(config: SFTConfig) -> dict[str, Any]:
     """
     section = config.model
     check_engine("model", section, config.placement.launcher, trained=section.optim.clip_norm)
-    context = context_length(load_config(section.model, trust_remote_code=section.trust_remote_code))
-    if context is not None and config.data.max_tokens > context:
-        raise UserError(
-            f"rows of up to {config.data.max_tokens} tokens do not fit the model's context of {context}",
-            where="data.max_tokens",
-            fix=f"set data.max_tokens={context} or less, and data.overlong for rows that are longer",
-        )
+    check_quantisation("model", section, section.model)
+    check_context("model", section.model, config.data.max_tokens, trust_remote_code=section.trust_remote_code)
     tokenizer = load_tokenizer(section.model, trust_remote_code=section.trust_remote_code)
     encoder = DemonstrationEncoder(tokenizer, tokenizer.eos_token_id, config.sft.loss_on)
     looked_at = 0

@@ -54,6 +54,10 @@ class PolicySection(TrainedSection):
     """The model being aligned."""
 
     model: str = Field(description="Hugging Face folder (or cached hub name) of a causal LM, or of a peft adapter for one")
+    packing: bool = Field(
+        False,
+        description="several sequences in one row of a forward, none of which sees another; microbatch_tokens then counts no padding",
+    )
 
 
 class ReferenceSection(EngineSection):

@@ -27,9 +27,7 @@ def load_config(kind: type[C], path: str | Path | None, overrides: Sequence[str]
     Raises:
         UserError: unreadable file, unknown key (with the nearest name), wrong type or range.
     """
-    values = _read_yaml(Path(path)) if path is not None else {}
-    for override in overrides:
-        _apply(values, override)
+    values = read_values(path, overrides)
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -38,6 +36,18 @@ def load_config(kind: type[C], path: str | Path | None, overrides: Sequence[str]
             where=str(path) if path is not None else "command line",
             fix="correct the keys above; `rlhf-dist config show` prints every key with its default",
         ) from None
+
+
+def read_values(path: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What file and overrides say, not yet validated.
+
+    Raises:
+        UserError: unreadable file, or an override that fits nowhere.
+    """
+    values = _read_yaml(Path(path)) if path is not None else {}
+    for override in overrides:
+        _apply(values, override)
+    return values
 
 
 def dump_config(config: BaseModel) -> str:

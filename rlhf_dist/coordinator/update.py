@@ -59,6 +59,7 @@ class Updater:
         self._target_kl = algorithm.target_kl_step
         self._value_warmup = config.value.warmup_steps if groups.value else 0
         self._budgets = {"policy": config.policy.microbatch_tokens, "value": config.value.microbatch_tokens}
+        self._packed = {"policy": config.policy.packing, "value": False}
 
     def update(self, step: int, experience: Experience) -> UpdateReport:
         """All epochs of one PPO step. Waits between minibatches only where an early stop may be due."""
@@ -92,7 +93,7 @@ class Updater:
 
     def _train(self, group: WorkerGroup, rows: tuple[int, ...], experience: Experience) -> list[Handle]:
         total = denominator([experience.valid_tokens[row] for row in rows], self._reduction, self._max_new_tokens)
-        shares = assign(rows, experience.lengths, group.world_size, self._budgets[group.name])
+        shares = assign(rows, experience.lengths, group.world_size, self._budgets[group.name], packed=self._packed[group.name])
         return group.submit(TrainedRole.update, [(UpdateRequest(share, total),) for share in shares])
 
     def _too_far(self, policy: _Pending) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
@@ -56,13 +57,14 @@ class AnswersEncoder:
         eos: Any = tokenizer.eos_token_id
         self._tokenizer, self._stops = tokenizer, frozenset(stop_tokens)
         self.bos: int | None = tokenizer.bos_token_id  # type: ignore[assignment]
-        self._texts = DemonstrationEncoder(tokenizer, eos if eos is not None else next(iter(sorted(stop_tokens)), None), "completion")
+        self._stop: int | None = eos if eos is not None else min(stop_tokens, default=None)
+        self._texts = DemonstrationEncoder(tokenizer, self._stop, "completion")
 
     def encode(self, prompt: Prompt, answer: str, *, where: str) -> TokenRow:
         """One answer, however long.
 
         Raises:
-            UserError: a dialogue without a chat template, or with one that renders earlier turns anew.
+            UserError: a dialogue without a chat template, or with one that refuses it or renders earlier turns anew.
         """
         if isinstance(prompt, str):
             return self._texts.text(prompt, answer)
@@ -70,18 +72,24 @@ class AnswersEncoder:
 
     def _dialogue(self, turns: list[Message], answer: str, where: str) -> TokenRow:
         before = render_messages(turns, self._tokenizer, where=where)
-        whole = str(self._tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": answer}], tokenize=False))
+        try:
+            whole = str(self._tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": answer}], tokenize=False))
+        except (jinja2.TemplateError, ValueError, TypeError) as error:
+            fix = "order roles as the model expects them"
+            raise UserError(f"the chat template refuses the answer: {error}", where=where, fix=fix) from None
         if not whole.startswith(before):
             fix = "use a chat template that only appends"
             raise UserError("the chat template renders earlier turns anew, so the answer cannot be told apart", where=where, fix=fix)
         return self._ended(self._texts.spans(whole, [(len(before), len(whole))], special=False))
 
     def _ended(self, row: TokenRow) -> TokenRow:
-        """Without the white space that templates put behind the stop token: a rollout ends with it."""
+        """With a stop token at the end, as a rollout: templates put white space behind it, or leave it out."""
         stops = np.flatnonzero(np.isin(row.tokens, list(self._stops)) & row.trained)
         if len(stops) and not str(self._tokenizer.decode(row.tokens[stops[-1] + 1 :].tolist())).strip():
             return row.cut(int(stops[-1]) + 1)
-        return row
+        if self._stop is None:
+            return row
+        return TokenRow(np.append(row.tokens, np.int32(self._stop)), np.append(row.trained, True))
 
 
 def fitted(rows: Sequence[TokenRow], limit: int, overlong: Overlong, where: str, bos: int | None) -> tuple[tuple[TokenRow, ...], str]:

@@ -47,7 +47,7 @@ MEND: dict[Reason, str] = {
     "ties in the ranking": "break the tie, or leave one of the answers out",
     "ranks and answers differ in number": "give one rank or score to each answer",
     "label outside the options": "write a, b or tie, or p between 0 and 1, the probability that response_a is better",
-    "number out of range": "write a finite number that is not negative",
+    "number out of range": "write a finite number that is not negative (a weight: one above 0)",
     "several instances": "write one row for each instance",
     "refused by the chat template": "order roles as the model expects them",
 }
@@ -63,5 +63,5 @@ class RowFault(Exception):
 
     def as_error(self, *, may_drop: bool = True) -> UserError:
         """The error that stops a run."""
-        fix = MEND[self.reason] + ("; or set errors to drop, which leaves such rows out and counts them" if may_drop else "")
+        fix = MEND[self.reason] + ("; or leave such rows out and count them: data.faults=drop, or --errors drop" if may_drop else "")
         return UserError(self.detail, where=self.where, fix=fix)

@@ -83,6 +83,8 @@ class _Fields:
     @property
     def weight(self) -> float:
         weight = self.number("weight")
+        if weight == 0:
+            raise RowFault("number out of range", "'weight' is 0: leave out a row that shall not count")
         return 1.0 if weight is None else weight
 
     def prompt(self) -> Prompt:

@@ -34,7 +34,7 @@ def minibatch_rows(rows: int, epochs: int, minibatches: int, seed: int, step: in
     return plan
 
 
-def assign(rows: Sequence[int], lengths: Sequence[int], ranks: int, budget: int) -> list[Microbatches]:
+def assign(rows: Sequence[int], lengths: Sequence[int], ranks: int, budget: int, *, packed: bool = False) -> list[Microbatches]:
     """Spreads a minibatch over ranks so that they have like numbers of tokens, and cuts each rank's rows by token budget.
 
     Args:
@@ -42,12 +42,16 @@ def assign(rows: Sequence[int], lengths: Sequence[int], ranks: int, budget: int)
         lengths: tokens of every row of the step (indexed by row).
         ranks: data-parallel size.
         budget: padded tokens in one microbatch.
+        packed: the budget counts no padding.
 
     Returns:
         For each rank its microbatches, all ranks the same number of them.
     """
     shares = balance(rows, lengths, ranks)
-    cuts = [[tuple(share[i] for i in cut) for cut in token_budget_cuts([lengths[row] for row in share], budget)] for share in shares]
+    cuts = [
+        [tuple(share[i] for i in cut) for cut in token_budget_cuts([lengths[row] for row in share], budget, packed=packed)]
+        for share in shares
+    ]
     rounds = max(len(cut) for cut in cuts)
     return [tuple(cut) + ((),) * (rounds - len(cut)) for cut in cuts]
 

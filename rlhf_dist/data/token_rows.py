@@ -7,7 +7,7 @@ beyond the prompt. (Tokenised apart, SentencePiece puts a space in front of the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_dist.config.errors import UserError
+from rlhf_dist.contracts.demonstrations import DemonstrationBatch
 from rlhf_dist.contracts.experience import SequenceBatch
 from rlhf_dist.data.chat import render_messages
 from rlhf_dist.data.layouts import Demonstration
@@ -25,22 +26,23 @@ LossOn = Literal["completion", "all"]
 
 @dataclass(frozen=True)
 class TokenRow:
-    """tokens int32 [L]; trained bool [L], never True for the first token, which nothing predicts."""
+    """tokens int32 [L]; trained bool [L], never True for the first token, which nothing predicts; what each of them counts for."""
 
     tokens: NDArray[np.int32]
     trained: NDArray[np.bool_]
+    token_weight: float = 1.0
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     @property
-    def weight(self) -> int:
-        """Trained tokens."""
-        return int(self.trained.sum())
+    def weight(self) -> float:
+        """Trained tokens times what each counts for: the row's part in the denominator of a loss."""
+        return self.token_weight * int(self.trained.sum())
 
     def cut(self, length: int) -> TokenRow:
         """The first tokens."""
-        return TokenRow(self.tokens[:length], self.trained[:length])
+        return replace(self, tokens=self.tokens[:length], trained=self.trained[:length])
 
 
 class DemonstrationEncoder:
@@ -63,13 +65,14 @@ class DemonstrationEncoder:
         self._tokenizer, self._stop, self._all = tokenizer, stop_token, loss_on == "all"
 
     def encode(self, record: Demonstration) -> TokenRow:
-        """One row, however long.
+        """One row, however long, with the record's weight.
 
         Raises:
             UserError: a dialogue without a chat template.
         """
-        if record.turns:
-            return self._dialogue(record)
+        return replace(self._dialogue(record) if record.turns else self._text(record), token_weight=record.weight)
+
+    def _text(self, record: Demonstration) -> TokenRow:
         assert isinstance(record.prompt, str)
         return self.text(record.prompt, record.completion)
 
@@ -123,7 +126,7 @@ def collate(rows: Sequence[TokenRow]) -> SequenceBatch:
         ValueError: a row without a trained token.
     """
     cuts = [int(row.trained.argmax()) for row in rows]
-    if any(row.weight == 0 for row in rows):
+    if not all(row.trained.any() for row in rows):
         raise ValueError("a row without a trained token cannot be trained on")
     prompt, response = max(cuts), max(len(row) - cut for row, cut in zip(rows, cuts, strict=True))
     prompt_tokens, prompt_mask = np.zeros((len(rows), prompt), np.int64), np.zeros((len(rows), prompt), bool)
@@ -137,3 +140,8 @@ def collate(rows: Sequence[TokenRow]) -> SequenceBatch:
         rest = len(row) - cut
         tokens[number, :rest], mask[number, :rest], attention[number, :rest] = row.tokens[cut:], row.trained[cut:], True
     return SequenceBatch(*(torch.from_numpy(array) for array in (prompt_tokens, prompt_mask, tokens, mask, attention)))
+
+
+def collate_demonstrations(rows: Sequence[TokenRow]) -> DemonstrationBatch:
+    """`collate`, with the weights of the rows."""
+    return DemonstrationBatch(**vars(collate(rows)), weight_B=torch.tensor([row.token_weight for row in rows]))

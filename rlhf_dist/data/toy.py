@@ -1,7 +1,8 @@
-"""The quickstart's task: a small readable English corpus from templates, prompts with a hero, and a word tokenizer trained on it.
+"""The quickstart's task: a small readable English corpus from templates, preferences, prompts with a hero, a word tokenizer.
 
 A story is an opening (the prompt) and a completion of two short sentences. Half of the corpus ends kindly, a quarter coldly and a
-quarter without any mood, so a model trained on it has all three to choose from, and a reward for kindness has something to move.
+quarter without any mood, so a model trained on it has all three to choose from. In nine of ten preferences the kinder of two endings of
+the same opening is the chosen one: that is all a reward model is told of kindness.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast
 
 CORPUS_STORIES = 6000
+PAIRS = 1500
+DISAGREEING = 10  # one pair in so many is judged the other way round: people do not all agree
 TRAIN_PROMPTS, HELD_OUT_PROMPTS = 200, 50
 BOS, EOS, PAD, UNK = "<s>", "</s>", "<pad>", "<unk>"
 
@@ -103,11 +106,13 @@ class ToyTask:
     """Where `write_toy` put things.
 
     corpus: JSONL with prompt, completion, hero, mood; a story is prompt + completion, as text, without a separator.
-    prompts, held_out: JSONL with prompt and hero; no prompt stands in both, or in the corpus.
+    pairs: JSONL with prompt, chosen, rejected.
+    prompts, held_out: JSONL with prompt and hero; no prompt stands in both, in the corpus or in the pairs.
     tokenizer: a Hugging Face folder; encoding puts the start token in front, and training has to put the end token behind.
     """
 
     corpus: Path
+    pairs: Path
     prompts: Path
     held_out: Path
     tokenizer: Path
@@ -116,11 +121,14 @@ class ToyTask:
 def write_toy(folder: Path, *, seed: int) -> ToyTask:
     """Writes corpus, prompts and tokenizer; the same bytes for the same seed."""
     folder.mkdir(parents=True, exist_ok=True)
-    task = ToyTask(folder / "corpus.jsonl", folder / "prompts.jsonl", folder / "held_out.jsonl", folder / "tokenizer")
+    corpus_file, pairs_file, prompts_file, held_out_file = (folder / f"{name}.jsonl" for name in ("corpus", "pairs", "prompts", "held_out"))
+    task = ToyTask(corpus_file, pairs_file, prompts_file, held_out_file, folder / "tokenizer")
     rng = random.Random(seed)
     corpus = [_story(rng) for _ in range(CORPUS_STORIES)]
-    prompts = _new_prompts(rng, {story["prompt"] for story in corpus})
+    pairs = [_pair(rng) for _ in range(PAIRS)]
+    prompts = _new_prompts(rng, {row["prompt"] for row in (*corpus, *pairs)})
     _write_rows(task.corpus, corpus)
+    _write_rows(task.pairs, pairs)
     _write_rows(task.prompts, prompts[:TRAIN_PROMPTS])
     _write_rows(task.held_out, prompts[TRAIN_PROMPTS:])
     _train_tokenizer(story["prompt"] + story["completion"] for story in corpus).save_pretrained(task.tokenizer)
@@ -130,10 +138,23 @@ def write_toy(folder: Path, *, seed: int) -> ToyTask:
 def _story(rng: random.Random) -> dict[str, str]:
     words = _cast(rng)
     mood = rng.choice(MOODS)
-    acts, closings = ENDINGS[mood]
     opening = rng.choice(OPENINGS).format(**words)
-    completion = f" {rng.choice(acts)} {rng.choice(closings)}".format(**words)
-    return {"prompt": opening, "completion": completion, "hero": words["name"], "mood": mood}
+    return {"prompt": opening, "completion": _ending(rng, mood, words), "hero": words["name"], "mood": mood}
+
+
+def _pair(rng: random.Random) -> dict[str, str]:
+    """Two endings of one opening, mostly with the kinder one chosen."""
+    words = _cast(rng)
+    better, worse = rng.choice((("kind", "plain"), ("kind", "cold"), ("plain", "cold")))
+    if rng.randrange(DISAGREEING) == 0:
+        better, worse = worse, better
+    opening = rng.choice(OPENINGS).format(**words)
+    return {"prompt": opening, "chosen": _ending(rng, better, words), "rejected": _ending(rng, worse, words)}
+
+
+def _ending(rng: random.Random, mood: str, words: dict[str, str]) -> str:
+    acts, closings = ENDINGS[mood]
+    return f" {rng.choice(acts)} {rng.choice(closings)}".format(**words)
 
 
 def _cast(rng: random.Random) -> dict[str, str]:

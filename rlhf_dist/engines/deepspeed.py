@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from rlhf_dist.contracts.engine import Objective, Outputs, StepInfo
 from rlhf_dist.contracts.tally import Tally
 from rlhf_dist.engines.process import Rank, quiet_deepspeed
 from rlhf_dist.models.lora import named_weights, trained_weights
+from rlhf_dist.models.saving import write_origin
 
 BUCKET_BYTES = 256 * 2**20
 TAG = "engine"  # DeepSpeed's name for the one checkpoint in a folder
@@ -135,9 +137,20 @@ class DeepSpeedEngine:
             yield bucket
 
     def save(self, folder: Path) -> None:
-        """Writes weights and optimiser state, one file a rank."""
+        """Writes weights and optimiser state, one file a rank, and what `engines.consolidation` needs to know of the model.
+
+        Frozen weights are left out: they are those of the base model, whose folder is named instead.
+        """
         self._trained()
-        self._engine.save_checkpoint(str(folder), tag=TAG, client_state={"steps_taken": self._steps_taken}, save_latest=False)
+        self._engine.save_checkpoint(
+            str(folder),
+            tag=TAG,
+            client_state={"steps_taken": self._steps_taken},
+            save_latest=False,
+            exclude_frozen_parameters=self._freezes(),
+        )
+        if self.rank == 0:
+            write_origin(self.module.model, folder)
 
     def load(self, folder: Path) -> None:
         """Restores what `save` wrote.
@@ -146,12 +159,32 @@ class DeepSpeedEngine:
             UserError: the folder holds no checkpoint of this engine.
         """
         self._trained()
-        path, state = self._engine.load_checkpoint(str(folder), tag=TAG) if (folder / TAG).is_dir() else (None, {})
+        kept = _load_trained if self._freezes() else None
+        path, state = None, {}
+        if (folder / TAG).is_dir():
+            path, state = self._engine.load_checkpoint(str(folder), tag=TAG, custom_load_fn=kept)
         if path is None:
             fix = "name a folder that `save` wrote with the same ranks and ZeRO stage"
             raise UserError("the folder holds no engine checkpoint", where=str(folder), fix=fix)
         self._steps_taken = state["steps_taken"]
         self.module.eval()
+
+    def close(self) -> None:
+        """Frees the weights; no other verb may follow. Safe to call twice.
+
+        Under ZeRO 3 DeepSpeed remembers every module that it ever sharded, so it is not enough to let go of the engine.
+        """
+        for parameter in self.module.parameters() if self.module is not None else ():
+            for held in (parameter, getattr(parameter, "ds_tensor", None)):
+                if held is not None:
+                    held.data = held.data.new_empty(0)
+        self._engine = self.module = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _freezes(self) -> bool:
+        return not all(parameter.requires_grad for parameter in self.module.parameters())
 
     def _trained(self) -> Training:
         assert self._training is not None, "an engine without training settings runs forward only"
@@ -174,6 +207,21 @@ def _adamw(module: nn.Module, optim: OptimSection, device: torch.device) -> torc
     return torch.optim.AdamW(
         parameters, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=device.type == "cuda"
     )
+
+
+def _load_trained(src: dict[str, Tensor], dst: nn.Module) -> None:
+    """Loads the weights that are trained: the checkpoint holds no others.
+
+    Raises:
+        UserError: it holds others than this model trains.
+    """
+    trained = {name for name, parameter in dst.named_parameters() if parameter.requires_grad}
+    buffers = {name for name, held in dst.state_dict(keep_vars=True).items() if not isinstance(held, nn.Parameter)}
+    missing, unexpected = dst.load_state_dict(src, strict=False)
+    odd = sorted({*unexpected, *((trained | buffers) & set(missing))})
+    if odd:
+        fix = "resume with the adapter settings that the run began with"
+        raise UserError(f"the checkpoint is of a model that trains other weights: {odd[0]}", where="engine checkpoint", fix=fix)
 
 
 def _replicated_norm(module: nn.Module) -> float:

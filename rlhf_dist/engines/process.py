@@ -53,8 +53,6 @@ def start_process_group(rank: int, world_size: int, local_rank: int, address: st
             f"this process is rank {dist.get_rank()} of {dist.get_world_size()}, it cannot become rank {rank} of {world_size}"
         )
     on_gpu = torch.cuda.is_available()
-    if not on_gpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     place = (rank, world_size, local_rank, address, port)
     os.environ.update({name: str(value) for name, value in zip(LAUNCH_VARIABLES, place, strict=True)})
     deepspeed = quiet_deepspeed()
@@ -81,6 +79,8 @@ def stop_process_group() -> None:
 def quiet_deepspeed() -> Any:
     """The deepspeed module, with the chatter of the libraries off: their bars and notes would drown the run's own progress."""
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "WARNING")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import logging
 
     import deepspeed

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from rlhf_dist.config.engines import Dtype
+from rlhf_dist.config.engines import EngineSection
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.models.inputs import width_step
-from rlhf_dist.models.loading import FAULTS, TORCH_DTYPES, context_length, load_config, local, switch_dropout_off
+from rlhf_dist.models.loading import context_length, load_pretrained
 
 Transform = Literal["logit", "probability", "log_odds"]
 
@@ -168,52 +168,19 @@ class ClassifierModule(nn.Module):
         return pad if pad is not None and 0 <= pad < self._vocabulary else None
 
 
-def load_classifier(
-    path: str,
-    dtype: Dtype,
-    attention: str = "sdpa",
-    trust_remote_code: bool = False,
-    label: int | None = None,
-    transform: Transform | None = None,
-) -> ClassifierModule:
-    """Loads a reward model, dropout off, in eval mode.
+def load_classifier(section: EngineSection, path: str, label: int | None = None, transform: Transform | None = None) -> ClassifierModule:
+    """Loads a reward model, dropout off, in eval mode; in 4 bits where the section says so.
 
     Args:
-        path: Hugging Face folder (safetensors), or a hub name in the local cache.
-        attention: attention kernel of transformers. label, transform: see `ClassifierModule`.
+        section: precision, quantisation and attention kernel.
+        path: Hugging Face folder (safetensors) or that of an adapter, or a hub name in the local cache.
+        label, transform: see `ClassifierModule`.
 
     Raises:
         UserError: no such model; an architecture without a classifier; weights that the folder does not hold (a language model has
             no trained classification head: a random one would be a random reward); several outputs without label and transform.
     """
-    load_config(path, trust_remote_code=trust_remote_code)
-    try:
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            local(path),
-            dtype=TORCH_DTYPES[dtype],
-            attn_implementation=attention,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except FAULTS as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"cannot load the reward model: {reason}", where=path, fix="give a complete folder of a sequence classifier, in safetensors"
-        ) from error
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise UserError(
-            f"the reward model is not a trained sequence classifier: the folder does not hold {', '.join(missing[:3])}"
-            f"{' …' if len(missing) > 3 else ''}, which would be random",
-            where=path,
-            fix="give a folder saved from AutoModelForSequenceClassification; a language model must first be trained as a reward model",
-        )
-    switch_dropout_off(model)
-    if hasattr(model.config, "use_cache"):
-        model.config.use_cache = False  # one forward a text: nothing would read the cache
-    return ClassifierModule(model.eval(), label, transform)
+    return ClassifierModule(load_pretrained(AutoModelForSequenceClassification, section, path), label, transform)
 
 
 class _PadId:

@@ -1,4 +1,4 @@
-"""LoRA on the policy (peft; Hu et al. 2021, arXiv 2106.09685): adapters in, merged weights out."""
+"""LoRA (peft; Hu et al. 2021, arXiv 2106.09685): adapters in, merged weights out; over 4-bit layers too (QLoRA)."""
 
 from __future__ import annotations
 
@@ -9,56 +9,70 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from rlhf_dist.config.engines import LoraSection
 from rlhf_dist.config.errors import UserError
+from rlhf_dist.models.quantisation import Linear4bit, dequantised
 
 NamedWeight = tuple[str, list[nn.Parameter], Callable[[], Tensor]]
 """A weight's Hugging Face name, the parameters it is made from, and what computes it once those are gathered (ZeRO 3)."""
 
 
-def add_adapter(model: nn.Module, section: LoraSection, seed: int) -> nn.Module:
+def add_adapter(model: Any, section: LoraSection, seed: int, head: str | None = None) -> nn.Module:
     """Freezes the model and adds adapters that start as the identity (B = 0); the global random state is left as it was.
 
     Args:
-        model: Hugging Face causal LM.
+        model: Hugging Face causal LM, or a sequence classifier.
         section: rank, scale, modules.
         seed: of the random matrices A, the same on all ranks.
+        head: a classifier's head, `score`: it stays whole and is trained beside the adapters.
 
     Raises:
         UserError: no module of the model has one of the wanted names, or one that has it cannot be adapted; the embeddings are to be
             adapted and are tied, so that merging would change the head too, which was not trained so.
     """
-    tied = _tied_weight(model)
+    tied = tied_weight(model)
     targets: Any = section.target_modules if isinstance(section.target_modules, str) else list(section.target_modules)
     names = [name for name, _ in model.named_modules()]
     unknown = [] if isinstance(targets, str) else [t for t in targets if not any(n == t or n.endswith(f".{t}") for n in names)]
     if unknown:
         raise _misfit(f"no module of the model is called {', '.join(unknown)}")
     alpha: Any = section.alpha  # peft declares an int and takes any number
-    config = LoraConfig(r=section.r, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM")
+    # With the task type SEQ_CLS peft would wrap the head in a copy of itself; what is saved names the type all the same.
+    kind: dict[str, Any] = {"task_type": "CAUSAL_LM"} if head is None else {"exclude_modules": [head]}
+    config = LoraConfig(r=section.r, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets, **kind)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            # In the model's own precision, as DeepSpeed keeps them: a copy beside the engine must hold what the engine sends.
-            adapted = get_peft_model(model, config, autocast_adapter_dtype=False).eval()  # type: ignore[arg-type]
+            adapted = get_peft_model(model, config, autocast_adapter_dtype=False).eval()
         except ValueError as error:
             raise _misfit(f"the adapter fits no module: {str(error).splitlines()[0]}") from error
     if any(_parts(module)[0] is tied for module in adapted.modules() if isinstance(module, LoraLayer)):
         raise _misfit("the embeddings of this model are tied to its head: an adapter on one of them cannot be merged")
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:  # in the model's precision, as DeepSpeed keeps it: a copy beside the engine must hold what the engine sends
+            parameter.data = parameter.data.to(model.dtype)
+    if head is not None:
+        model.get_submodule(head).requires_grad_(True)
     return adapted
 
 
 def named_weights(model: nn.Module) -> Iterator[NamedWeight]:
-    """Every weight of a model and every buffer that its checkpoint holds, adapters merged. A tied weight comes once."""
-    merged: set[int] = set()
+    """Every weight of a model and every buffer that its checkpoint holds, adapters merged, 4-bit layers written out in the model's
+    precision. A tied weight comes once."""
+    done: set[int] = set()
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             weight, adapters = _parts(module)
-            merged.add(id(weight))
+            done.add(id(weight))
             yield _plain(f"{name}.weight"), [weight, *adapters], _merge(module)
+        elif isinstance(module, Linear4bit) and id(module.weight) not in done:
+            packed: Any = module.weight
+            done.add(id(packed))
+            yield _plain(f"{name}.weight"), [packed], _written_out(module)
     for name, parameter in model.named_parameters():
-        if id(parameter) not in merged and "lora_" not in name:
+        if id(parameter) not in done and "lora_" not in name:
             yield _plain(name), [parameter], parameter.detach
     for name, buffer in model.state_dict(keep_vars=True).items():
         if not isinstance(buffer, nn.Parameter):
@@ -72,7 +86,24 @@ def trained_weights(model: nn.Module) -> Iterator[NamedWeight]:
             yield name, [parameter], parameter.detach
 
 
-def _tied_weight(model: Any) -> nn.Parameter | None:
+def low_rank_delta(a: Tensor, b: Tensor, scale: float, *, transposed: bool) -> Tensor:
+    """What an adapter adds to a weight: scale · B A, in fp32.
+
+    Args:
+        a: [r, inputs]. b: [outputs, r]. transposed: the layer keeps its weight as [inputs, outputs].
+    """
+    product = b.float() @ a.float()
+    delta: Tensor = (product.T if transposed else product) * scale
+    return delta
+
+
+def transposes(layer: Any) -> bool:
+    """Whether a layer keeps its weight as [inputs, outputs]: GPT-2's do."""
+    return isinstance(layer, Conv1D)
+
+
+def tied_weight(model: Any) -> nn.Parameter | None:
+    """The weight that embeddings and head share, None where they do not."""
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
     return inputs.weight if outputs is not None and inputs.weight is outputs.weight else None
 
@@ -83,24 +114,30 @@ def _parts(layer: Any) -> tuple[nn.Parameter, list[nn.Parameter]]:
 
 def _merge(layer: Any) -> Callable[[], Tensor]:
     def merge() -> Tensor:
-        weight: Tensor = layer.get_base_layer().weight.detach()
+        base = layer.get_base_layer()
         delta = sum(_delta(layer, name) for name in layer.active_adapters)
-        return (weight.float() + delta).to(weight.dtype)  # rounded once
+        return (dequantised(base) + delta).to(_precision(base))  # rounded once
 
     return merge
+
+
+def _written_out(layer: Linear4bit) -> Callable[[], Tensor]:
+    return lambda: dequantised(layer).to(_precision(layer))
+
+
+def _precision(layer: Any) -> torch.dtype:
+    return layer.compute_dtype if isinstance(layer, Linear4bit) else layer.weight.dtype
 
 
 def _delta(layer: Any, name: str) -> Tensor:
     """scaling · B A in fp32; peft's own comes rounded to the precision of the adapter."""
     if name in layer.lora_A:
-        a, b, transposed = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.fan_in_fan_out
+        a, b, transposed = layer.lora_A[name].weight, layer.lora_B[name].weight, transposes(layer.get_base_layer())
     else:
         a, b, transposed = layer.lora_embedding_A[name], layer.lora_embedding_B[name], True
     if a.dim() > 2:  # a convolution
         return layer.get_delta_weight(name).detach().float()  # type: ignore[no-any-return]
-    product = b.detach().float() @ a.detach().float()
-    delta: Tensor = (product.T if transposed else product) * layer.scaling[name]
-    return delta
+    return low_rank_delta(a.detach(), b.detach(), layer.scaling[name], transposed=transposed)
 
 
 def _plain(name: str) -> str:
@@ -108,4 +145,4 @@ def _plain(name: str) -> str:
 
 
 def _misfit(what: str) -> UserError:
-    return UserError(what, where="policy.lora.target_modules", fix="name linear modules of the model, or use all-linear")
+    return UserError(what, where="lora.target_modules", fix="name linear modules of the model, or use all-linear")

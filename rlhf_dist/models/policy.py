@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rlhf_dist.contracts.experience import SequenceBatch
 from rlhf_dist.models.inputs import blank_batch, model_inputs, width_step
 from rlhf_dist.models.logprobs import HeadOptions, logprobs_and_entropy
+from rlhf_dist.models.packing import head_at, packed_inputs, refuse_leaks, wants_one_row
 
 
 class PolicyModule(nn.Module):
@@ -18,36 +19,59 @@ class PolicyModule(nn.Module):
     Args:
         model: the causal LM.
         options: the τ of sampling, in every log-probability; whether the entropy is trained on.
+        packing: put several sequences in one row (`models.packing`); what comes out is the same up to rounding.
+
+    Raises:
+        UserError: packing, and an architecture in which packed sequences see each other.
     """
 
-    def __init__(self, model: nn.Module, options: HeadOptions | None = None) -> None:
+    def __init__(self, model: nn.Module, options: HeadOptions | None = None, *, packing: bool = False) -> None:
         super().__init__()
         self.model: Any = model
         self.options = options or HeadOptions()
+        self.packing = packing
+        if packing:
+            refuse_leaks(self)
 
-    def forward(self, tokens: dict[str, Tensor], places_BT: Tensor, adapter: bool = True) -> dict[str, Tensor]:
+    def forward(
+        self, tokens: dict[str, Tensor], places_BT: Tensor, slots_N: Tensor | None = None, adapter: bool = True
+    ) -> dict[str, Tensor]:
         """Log-probabilities and entropies at the response positions.
 
-        The head runs on the columns before those in which some row has a response token: the logits of a column predict the next one.
-
         Args:
-            tokens: input_ids, attention_mask, position_ids [B, L] of `model_inputs`.
-            places_BT: columns of the response tokens.
+            tokens: input_ids, attention_mask, position_ids [B, L] of `model_inputs`, or those of `packed_inputs`.
+            places_BT: columns of the response tokens; of packed ones their numbers in slots_N.
+            slots_N: slots of the response tokens of packed rows, None for padded ones.
             adapter: False for the model without its LoRA adapter.
 
         Returns:
             logprobs_BT, entropy_BT: float32, nats. Padded slots hold numbers of other slots, which mean nothing.
         """
+        with self._adapter(adapter):
+            values = self._padded(tokens, places_BT) if slots_N is None else self._packed(tokens, places_BT, slots_N)
+        return dict(zip(("logprobs_BT", "entropy_BT"), values, strict=True))
+
+    def _padded(self, tokens: dict[str, Tensor], places_BT: Tensor) -> tuple[Tensor, ...]:
+        """The head runs on the columns before those in which some row has a response token: the logits of a column predict the next."""
         length = tokens["input_ids"].shape[1]
         first = max(length - places_BT.shape[1], 1)  # the first column that is predicted
-        with self._adapter(adapter):
-            output = self.model(**tokens, use_cache=False, logits_to_keep=length - first + 1)
+        output = self.model(**tokens, use_cache=False, logits_to_keep=length - first + 1)
         per_column = logprobs_and_entropy(output.logits[:, first - length - 1 : -1], tokens["input_ids"][:, first:], self.options)
         at_BT = (places_BT - first).clamp(min=0)
-        return {name: column.gather(1, at_BT) for name, column in zip(("logprobs_BT", "entropy_BT"), per_column, strict=True)}
+        return tuple(column.gather(1, at_BT) for column in per_column)
+
+    def _packed(self, tokens: dict[str, Tensor], places_BT: Tensor, slots_N: Tensor) -> tuple[Tensor, ...]:
+        """The head runs on the slots before the response tokens, and on no others."""
+        with head_at(self.model, slots_N - 1):
+            logits_1NV = self.model(**tokens, use_cache=False).logits
+        per_slot = logprobs_and_entropy(logits_1NV[0], tokens["input_ids"].flatten()[slots_N], self.options)
+        return tuple(nn.functional.pad(values_N, (0, 1))[places_BT] for values_N in per_slot)
 
     def inputs(self, batch: SequenceBatch) -> dict[str, Any]:
         """Keyword arguments of `forward` for a batch."""
+        if self.packing:
+            packed, slots_N, numbers_BT = packed_inputs(batch, width_step(self), one_row=wants_one_row(self.model))
+            return {"tokens": packed, "places_BT": numbers_BT, "slots_N": slots_N}
         tokens, places_BT = model_inputs(batch, width_step(self))
         return {"tokens": tokens, "places_BT": places_BT}
 

@@ -6,9 +6,14 @@ import logging
 import os
 
 
+def quiet_bitsandbytes() -> None:
+    """Leaves errors only: while it is imported it says what a CPU lacks ("Failed to load CPU gemm_4bit_forward …"), which nothing needs."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
 def quiet_libraries() -> None:
     """Leaves errors only; that a value head starts anew, for one, is none. TRANSFORMERS_VERBOSITY brings back what transformers says."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it says what a CPU lacks
+    quiet_bitsandbytes()
     if "TRANSFORMERS_VERBOSITY" in os.environ:
         return
     from transformers.utils import logging as transformers_logging

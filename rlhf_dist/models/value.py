@@ -11,7 +11,7 @@ from rlhf_dist.models.inputs import blank_batch, model_inputs, width_step
 
 
 class ValueModule(nn.Module):
-    """Wraps a Hugging Face sequence classifier with one label, so that its export loads with `AutoModelForSequenceClassification`."""
+    """Wraps a Hugging Face (or peft) sequence classifier with one label: its export loads with `AutoModelForSequenceClassification`."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -29,9 +29,9 @@ class ValueModule(nn.Module):
             position P + len − 1, the last token of the row (NUMERICS §1), without gradient: an input to GAE, never trained on.
         """
         first = max(tokens["input_ids"].shape[1] - places_BT.shape[1], 1) - 1  # the first state that is read
-        backbone = getattr(self.model, str(self.model.base_model_prefix))
-        hidden_BLD = backbone(**tokens, use_cache=False).last_hidden_state
-        states = self.model.score(hidden_BLD[:, first:]).squeeze(-1).float()
+        model = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+        hidden_BLD = getattr(model, model.base_model_prefix)(**tokens, use_cache=False).last_hidden_state
+        states = model.score(hidden_BLD[:, first:]).squeeze(-1).float()
         values_BT = states.gather(1, (places_BT - 1 - first).clamp(min=0))
         return {"values_BT": values_BT, "bootstrap_value_B": states[:, -1].detach()}
 

@@ -24,7 +24,7 @@ class RewardEncoder:
 
     - Where the prompt is a chat and the reward model's template is not the policy's: the reward model's template over the messages and
       the completion as the assistant's turn.
-    - Otherwise, where the tokenizers are the same: the token ids as they are, stop token included.
+    - Otherwise, where the reward model's tokenizer knows the policy's ids (`same_tokenizer`): the token ids as they are, stop token included.
     - Otherwise: the text (special tokens and the stop token removed), tokenised with the special tokens of the reward model's tokenizer.
 
     Args:
@@ -122,17 +122,19 @@ class RewardEncoder:
             ) from error
 
 
-def same_tokenizer(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
-    """Whether two tokenizers give every text the same ids: equal vocabularies, added tokens included, and equal behaviour.
+def same_tokenizer(reward: PreTrainedTokenizerBase, policy: PreTrainedTokenizerBase) -> bool:
+    """Whether the reward model's tokenizer gives every text of the policy the ids that the policy's gives.
 
+    So it is where each token of the policy, added ones included, has the same id in the reward model, and both behave alike; the reward
+    model may know more tokens: one that was trained from the policy has a pad of its own (`models.reward_model.separate_pad`).
     Behaviour is the serialised model, normaliser, pre-tokeniser and post-processor. Where a tokenizer does not tell (pure Python ones),
     the answer is no, which costs a second tokenisation and nothing else.
     """
-    if one is other:
+    if reward is policy:
         return True
-    if one.get_vocab() != other.get_vocab():
+    if not policy.get_vocab().items() <= reward.get_vocab().items():
         return False
-    backends = [getattr(tokenizer, "backend_tokenizer", None) for tokenizer in (one, other)]
+    backends = [getattr(tokenizer, "backend_tokenizer", None) for tokenizer in (reward, policy)]
     if any(backend is None for backend in backends):
         return False
     mine, theirs = (json.loads(backend.to_str()) for backend in backends if backend is not None)

@@ -21,7 +21,7 @@ class RunFolder:
 
         runs/ppo/config.yaml  metrics.jsonl  summary.json  tensorboard/
                  rollouts/step_000001.parquet  evaluation/step_000000.parquet
-                 checkpoints/step_000010/  export/policy/  export/value/
+                 checkpoints/step_000010/  export/policy/  export/value/  report/
     """
 
     root: Path
@@ -86,6 +86,11 @@ class RunFolder:
     def evaluation(self) -> Path:
         """Held-out samples, a Parquet file an evaluation."""
         return self.root / "evaluation"
+
+    @property
+    def report(self) -> Path:
+        """What a stage reports at its end, made where there is something to report."""
+        return self.root / "report"
 
     @property
     def checkpoints(self) -> Path:

@@ -57,6 +57,10 @@ class Recorder:
         """Where a final model goes."""
         return str(self.folder.export / role) if self.folder else ""
 
+    def report_path(self) -> str:
+        """Where a report goes."""
+        return str(self.folder.report) if self.folder else ""
+
     def summary(self, summary: dict[str, Any]) -> None:
         """Writes summary.json."""
         if self.folder:

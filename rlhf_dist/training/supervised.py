@@ -28,16 +28,18 @@ from rlhf_dist.runs.summary import config_hash, versions
 
 @dataclass(frozen=True)
 class Setting:
-    """What a stage's own phases work with: the group, what is known of its rows, padded tokens of a microbatch, the recorder."""
+    """What a stage's own phases work with: the group, what is known of its rows, tokens of a microbatch (padding counts unless rows are
+    packed), the recorder."""
 
     group: WorkerGroup
     facts: RowFacts
     budget: int
     recorder: Recorder
+    packed: bool = False
 
     def shares(self, lengths: Sequence[int]) -> list[Microbatches]:
         """All rows of a side, shared out over the ranks."""
-        return assign(range(len(lengths)), lengths, self.group.world_size, self.budget)
+        return assign(range(len(lengths)), lengths, self.group.world_size, self.budget, packed=self.packed)
 
 
 Phase = Callable[[Setting], dict[str, Any]]
@@ -78,6 +80,7 @@ class SupervisedLoop:
         self._config = config
         self._training: TrainingSection = values.training
         self._seed, self._budget, self._name = values.run.seed, values.model.microbatch_tokens, values.run.name
+        self._packed = bool(getattr(values.model, "packing", False))  # only causal LMs pack
         self._best: tuple[float, int] | None = None
         self._evaluations: dict[int, dict[str, float]] = {}
         self._clock = Clock()
@@ -100,6 +103,7 @@ class SupervisedLoop:
                 metrics |= self._evaluate(step)
             self.recorder.metrics(step, metrics | {"epoch": step / self._steps_per_epoch})
             self.reporter.step(step, total, metrics)
+        self._export("model")  # before the last phase: what it finds wrong must not cost the model
         extras |= self._phase("conclude", self.stage.conclude, total)
         return self._finish(total, time.perf_counter() - began, extras)
 
@@ -119,7 +123,7 @@ class SupervisedLoop:
             return {}
         self.reporter.phase(step, name)
         with self._clock.phase(name):
-            return phase(Setting(self.group, self._facts, self._budget, self.recorder))
+            return phase(Setting(self.group, self._facts, self._budget, self.recorder, self._packed))
 
     def _batches(self) -> Iterator[tuple[int, ...]]:
         """The rows of every optimizer step: a fresh order an epoch, sizes that differ by one at most."""
@@ -132,7 +136,7 @@ class SupervisedLoop:
                 yield batch
 
     def _train(self, rows: tuple[int, ...]) -> dict[str, float]:
-        shares = assign(rows, self._facts.lengths, self.group.world_size, self._budget)
+        shares = self._shares(rows, self._facts.lengths)
         weight = sum(self._facts.weights[row] for row in rows)
         began = time.perf_counter()
         infos: list[UpdateInfo] = self.group.collect(
@@ -151,13 +155,16 @@ class SupervisedLoop:
             return {}
         self.reporter.phase(step, "evaluate")
         with self._clock.phase("evaluate"):
-            shares = assign(rows, self._facts.eval_lengths, self.group.world_size, self._budget)
+            shares = self._shares(rows, self._facts.eval_lengths)
             tallies = self.group.collect(self.group.submit(SupervisedRole.evaluate, [(share,) for share in shares]))
         means = merged(tallies).means()
         metrics = {f"eval/{name}": value for name, value in (means | self.stage.derive(means)).items()}
         self._evaluations[step] = metrics
         self._keep_best(step, metrics)
         return metrics
+
+    def _shares(self, rows: Sequence[int], lengths: Sequence[int]) -> list[Microbatches]:
+        return assign(rows, lengths, self.group.world_size, self._budget, packed=self._packed)
 
     def _keep_best(self, step: int, metrics: dict[str, float]) -> None:
         """Exports the model whenever it is the best so far; before training only the score counts."""
@@ -177,7 +184,6 @@ class SupervisedLoop:
         return step % every == 0
 
     def _finish(self, total: int, seconds: float, extras: dict[str, Any]) -> dict[str, Any]:
-        self._export("model")
         evaluations = [self._evaluations[step] for step in sorted(self._evaluations)]
         summary = {
             "stage": self.stage.name,

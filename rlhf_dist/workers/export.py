@@ -6,41 +6,41 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rlhf_dist.contracts.engine import Engine
+from rlhf_dist.models.saving import save_model, write_adapter
+
+ADAPTER = "adapter"
+"""Subfolder of an export that holds the trained adapter alone."""
 
 
 def export_model(engine: Engine, model: Any, tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
-    """Writes the engine's model. Collective: every rank walks through the weights, rank 0 keeps and writes them.
+    """Writes the engine's model, adapters merged; with LoRA also the adapter alone, as a PEFT folder in `adapter/`.
+
+    Collective: every rank walks through the weights, rank 0 keeps and writes them.
 
     Args:
         engine: where the weights are.
-        model: the Hugging Face model whose class and config describe them (a peft wrapper is taken off, adapters are merged).
+        model: the Hugging Face model whose class and config describe them, or a peft wrapper around it.
         tokenizer: saved beside the weights.
         folder: made if needed.
     """
-    weights: dict[str, Tensor] = {}
-    for bucket in engine.export_weights():
-        if engine.rank == 0:
-            weights |= {name: weight.cpu().contiguous() for name, weight in bucket.items()}
+    adapted = hasattr(model, "peft_config")
+    weights = _collected(engine, merged=True)
+    trained = _collected(engine, merged=False) if adapted else {}
     if engine.rank != 0:
         return
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    _save(model.get_base_model() if hasattr(model, "get_base_model") else model, weights, Path(folder))
+    save_model(model.get_base_model() if adapted else model, weights, Path(folder))
     tokenizer.save_pretrained(folder)
+    if adapted:
+        write_adapter(model, trained, Path(folder) / ADAPTER)
+        tokenizer.save_pretrained(str(Path(folder) / ADAPTER))
 
 
-def _save(model: Any, weights: dict[str, Tensor], folder: Path) -> None:
-    """Writes the model with its key/value cache on again, and its generation settings as they came.
-
-    Published models name a temperature without do_sample; transformers reads that, and refuses to write it.
-    """
-    generation, cache = getattr(model, "generation_config", None), model.config.use_cache
-    model.generation_config, model.config.use_cache = GenerationConfig(), True
-    try:
-        model.save_pretrained(folder, state_dict=weights)
-    finally:
-        model.generation_config, model.config.use_cache = generation, cache
-    if generation is not None and model.can_generate():
-        generation.to_json_file(folder / "generation_config.json")
+def _collected(engine: Engine, *, merged: bool) -> dict[str, Tensor]:
+    weights: dict[str, Tensor] = {}
+    for bucket in engine.export_weights(merged):
+        if engine.rank == 0:
+            weights |= {name: weight.cpu().contiguous() for name, weight in bucket.items()}
+    return weights

@@ -52,7 +52,7 @@ class PolicyWorker:
     def __init__(self, config: PPOConfig, rank: Rank) -> None:
         seeded(config.run.seed)
         section = config.policy
-        self._rank, self._section = rank, section
+        self._rank, self._section, self._budget = rank, section, (section.microbatch_tokens, section.packing)
         self._tokenizer = load_tokenizer(section.model, trust_remote_code=section.trust_remote_code)
         self._stop_tokens = stop_tokens(section.model, self._tokenizer, trust_remote_code=section.trust_remote_code)
         training = Training(section.optim, optimizer_steps(config, idle=config.value.warmup_steps if config.needs_value else 0))
@@ -101,11 +101,11 @@ class PolicyWorker:
 
     def score(self, shard: ExperienceBatch) -> Stored[Piece, PieceInfo]:
         """Old log-probs by the training forward, of this rank's rows."""
-        return score_rows(self._engine, shard, {"logprobs_BT": "old_logprobs_BT"}, self._section.microbatch_tokens)
+        return score_rows(self._engine, shard, {"logprobs_BT": "old_logprobs_BT"}, *self._budget)
 
     def reference_score(self, shard: ExperienceBatch) -> Stored[Piece, PieceInfo]:
         """Log-probs with the adapter off, of this rank's rows."""
-        return score_rows(self._engine, shard, {"logprobs_BT": "ref_logprobs_BT"}, self._section.microbatch_tokens, adapter=False)
+        return score_rows(self._engine, shard, {"logprobs_BT": "ref_logprobs_BT"}, *self._budget, adapter=False)
 
     def estimate(
         self, request: EstimateRequest, shard: ExperienceBatch, pieces: Sequence[Piece]
@@ -184,7 +184,7 @@ def _copy(config: PPOConfig) -> nn.Module:
 def _module(config: PPOConfig) -> PolicyModule:
     section, model = config.policy, _copy(config)
     options = HeadOptions(config.rollout.temperature, entropy_grad=config.algorithm.entropy_coef > 0)
-    return PolicyModule(prepare_checkpointing(model, section), options)
+    return PolicyModule(prepare_checkpointing(model, section), options, packing=section.packing)
 
 
 def _held_out(config: PPOConfig, tokenizer: Any) -> tuple[list[PromptRecord], dict[str, int]]:

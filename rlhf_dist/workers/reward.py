@@ -56,7 +56,7 @@ def _request(shard: ExperienceBatch, rows: tuple[int, ...]) -> RewardRequest:
 
 def _model_reward(config: PPOConfig, source: ModelRewardSection, rank: Rank) -> ModelReward:
     section, trust = config.reward, config.reward.trust_remote_code
-    module = load_classifier(source.model, section.dtype, section.attention, trust, source.label, source.transform)
+    module = load_classifier(section, source.model, source.label, source.transform)
     encoder = RewardEncoder(
         load_tokenizer(source.model, trust_remote_code=trust),
         load_tokenizer(config.policy.model, trust_remote_code=config.policy.trust_remote_code),

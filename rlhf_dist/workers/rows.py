@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from rlhf_dist.config.errors import UserError
 from rlhf_dist.config.supervised import RowsSection
 from rlhf_dist.data.answers import AnswersEncoder, AnswersRow, fitted
 from rlhf_dist.data.layouts import PreferencePair, Ranking
 from rlhf_dist.data.preferences import PreferenceReader
 from rlhf_dist.data.reading import ReadOptions, RecordReader
 from rlhf_dist.data.splitting import Split, split_key
+from rlhf_dist.data.token_rows import TokenRow
 from rlhf_dist.workers.supervised import Rows
 
 Encode = Callable[[Any, Counter[str]], Any]
@@ -24,19 +26,22 @@ def read_rows(section: RowsSection, reader: Callable[[list[str], ReadOptions], R
     Raises:
         UserError: a faulty row where the config says `error`, or none left.
     """
-    fates = Counter[str]()
+    fates, eval_fates = Counter[str](), Counter[str]()
     train = reader(section.train, _options(section, "train"))
     rows, held_out = list(_encoded(train, encode, fates)), list[Any]()
     fates.update(_faults(train))
     if section.eval or section.eval_fraction:
         other = reader(section.eval or section.train, _options(section, "eval"))
-        held_out = list(_encoded(other, encode, fates))
-        fates.update(_faults(other) if section.eval else {})  # the same file has the same faults, counted once
-    return Rows(rows, held_out, dict(fates))
+        held_out = list(_encoded(other, encode, eval_fates))
+        eval_fates.update(_faults(other) if section.eval else {})  # the same file has the same faults, counted once
+    return Rows(rows, held_out, dict(fates + eval_fates), dict(eval_fates))
 
 
-def preference_rows(section: RowsSection, encoder: AnswersEncoder, *, as_pairs: bool) -> Rows:
-    """Preferences as `AnswersRow`; rankings whole, or as their pairs.
+def preference_rows(section: RowsSection, encoder: AnswersEncoder, *, as_pairs: bool, pad: int | None = None) -> Rows:
+    """Preferences as `AnswersRow`; rankings whole, or as their pairs. Answers of equal tokens teach nothing: they are dropped and counted.
+
+    Args:
+        pad: id of a token that no row may hold: a row whose text spells it is a fault.
 
     Raises:
         UserError: as `read_rows`.
@@ -47,11 +52,15 @@ def preference_rows(section: RowsSection, encoder: AnswersEncoder, *, as_pairs: 
         texts = record.answers if isinstance(record, Ranking) else (record.chosen, record.rejected)
         where = record.origin.where
         whole = [encoder.encode(record.prompt, text, where=where) for text in texts]
+        if pad is not None and any(pad in row.tokens for row in whole):
+            if section.faults == "error":
+                raise spells_pad(where)
+            fates["dropped: holds the pad token"] += 1
+            return None
         answers, fate = fitted(whole, section.max_tokens, section.overlong, where, encoder.bos)
-        if answers and any(row.weight == 0 for row in answers):
-            answers, fate = (), "dropped: an answer without a token"
-        fates.update([fate] if fate else [])
-        if not answers:
+        reason = _teaches_nothing(answers) if answers else ""
+        fates.update([reason or fate] if reason or fate else [])
+        if reason or not answers:
             return None
         pair = record if isinstance(record, PreferencePair) else None
         return AnswersRow(
@@ -64,6 +73,19 @@ def preference_rows(section: RowsSection, encoder: AnswersEncoder, *, as_pairs: 
         )
 
     return read_rows(section, lambda files, options: PreferenceReader(files, options, rankings="pairs" if as_pairs else "keep"), encode)
+
+
+def spells_pad(where: str) -> UserError:
+    """What is said of a row that holds the pad token."""
+    fix = "take the pad token out of the text, or set data.faults=drop, which leaves such rows out and counts them"
+    return UserError("the row holds the pad token, at which a reward model would not read a score", where=where, fix=fix)
+
+
+def _teaches_nothing(answers: Sequence[TokenRow]) -> str:
+    """Why a row is dropped, or ""."""
+    if not all(row.trained.any() for row in answers):
+        return "dropped: an answer without a token"
+    return "dropped: answers of the same tokens" if len({row.tokens.tobytes() for row in answers}) < len(answers) else ""
 
 
 def _encoded(reader: Any, encode: Encode, fates: Counter[str]) -> Iterator[Any]:

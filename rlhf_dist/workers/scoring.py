@@ -21,7 +21,9 @@ def rows_of_rank(rows: int, rank: int, world_size: int) -> tuple[int, ...]:
     return tuple(range(rank, rows, world_size))
 
 
-def score_rows(engine: Engine, shard: ExperienceBatch, names: Mapping[str, str], budget: int, **options: Any) -> Stored[Piece, PieceInfo]:
+def score_rows(
+    engine: Engine, shard: ExperienceBatch, names: Mapping[str, str], budget: int, packed: bool = False, **options: Any
+) -> Stored[Piece, PieceInfo]:
     """Forwards this rank's rows of a shard. Collective.
 
     Args:
@@ -29,12 +31,13 @@ def score_rows(engine: Engine, shard: ExperienceBatch, names: Mapping[str, str],
         shard: rollouts.
         names: engine output → experience field, for example {"logprobs_BT": "ref_logprobs_BT"}.
         budget: padded tokens in one microbatch.
+        packed: the budget counts no padding.
         options: passed on to the module's forward.
     """
     began = time.perf_counter()
     rows = rows_of_rank(len(shard), engine.rank, engine.world_size)
     mine = shard.select(rows)
-    cuts = token_budget_cuts((mine.prompt_lengths_B + mine.response_lengths_B).tolist(), budget)
+    cuts = token_budget_cuts((mine.prompt_lengths_B + mine.response_lengths_B).tolist(), budget, packed=packed)
     outputs = engine.forward([mine.select(cut) for cut in cuts], **options)
     tensors = {field: in_row_order(outputs, cuts, name, len(rows)) for name, field in names.items()}
     return Stored(Piece(rows, tensors), PieceInfo(rows, time.perf_counter() - began))

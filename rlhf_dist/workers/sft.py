@@ -10,7 +10,7 @@ from rlhf_dist.config.sft import SFTConfig
 from rlhf_dist.config.supervised import RowsSection
 from rlhf_dist.data.demonstrations import DemonstrationReader
 from rlhf_dist.data.layouts import Demonstration
-from rlhf_dist.data.token_rows import DemonstrationEncoder, TokenRow, collate, too_long
+from rlhf_dist.data.token_rows import DemonstrationEncoder, TokenRow, collate_demonstrations, too_long
 from rlhf_dist.engines.deepspeed import Training
 from rlhf_dist.engines.process import Rank
 from rlhf_dist.models.loading import load_causal_lm, load_tokenizer, stop_tokens
@@ -31,8 +31,8 @@ def build_sft(config: SFTConfig, rank: Rank) -> SupervisedWorker:
     if section.lora is not None:
         model = add_adapter(model, section.lora, config.run.seed)
     training = Training(section.optim, config.training.total_steps(len(rows.train)))
-    engine = build_engine(PolicyModule(prepare_checkpointing(model, section)), section, rank, training)
-    return SupervisedWorker(engine, nll_objective, rows, collate, tokenizer)
+    engine = build_engine(PolicyModule(prepare_checkpointing(model, section), packing=section.packing), section, rank, training)
+    return SupervisedWorker(engine, nll_objective, rows, collate_demonstrations, tokenizer)
 
 
 def sft_rows(config: SFTConfig, tokenizer: Any) -> Rows:

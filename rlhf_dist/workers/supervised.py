@@ -20,11 +20,13 @@ from rlhf_dist.workers.training import parameter_counts
 
 @dataclass(frozen=True)
 class Rows:
-    """Training and held-out rows, each with a length and a weight; `fates` counts those that were dropped or cut, by reason."""
+    """Training and held-out rows, each with a length and a weight; `fates` counts those that were dropped or cut, by reason, and
+    `eval_fates` those of them on the held-out side."""
 
     train: Sequence[Any]
     evaluation: Sequence[Any]
     fates: dict[str, int] = field(default_factory=dict)
+    eval_fates: dict[str, int] = field(default_factory=dict)
 
 
 class SupervisedWorker:
@@ -50,20 +52,21 @@ class SupervisedWorker:
             weights=tuple(float(row.weight) for row in self._rows.train),
             eval_lengths=tuple(len(row) for row in self._rows.evaluation),
             fates=self._rows.fates,
+            eval_fates=self._rows.eval_fates,
             facts=parameter_counts(self._engine.module) | {"device": str(self._engine.device)},
         )
 
     def update(self, request: UpdateRequest) -> UpdateInfo:
         """One optimizer step on this rank's microbatches."""
         began = time.perf_counter()
-        batches = [self._collate([self._rows.train[row] for row in rows]) for rows in request.microbatches if rows]
+        batches = [self._collate(rows) for rows in self._cut(self._rows.train, request.microbatches)]
         tally = self._engine.forward_backward(batches, self._objective, request.denominator)
         step = self._engine.optimizer_step()
         return UpdateInfo(tally, step, time.perf_counter() - began)
 
     def evaluate(self, microbatches: tuple[tuple[int, ...], ...]) -> Tally:
         """Metrics of held-out rows."""
-        batches = [self._collate([self._rows.evaluation[row] for row in rows]) for rows in microbatches if rows]
+        batches = [self._collate(rows) for rows in self._cut(self._rows.evaluation, microbatches)]
         tally = Tally()
         with torch.no_grad():
             for batch, outputs in zip(batches, self._engine.forward(batches), strict=True):
@@ -73,3 +76,7 @@ class SupervisedWorker:
     def export(self, folder: str) -> None:
         """Writes the model as a Hugging Face folder, adapters merged."""
         export_model(self._engine, self._engine.module.model, self._tokenizer, folder)
+
+    def _cut(self, source: Sequence[Any], microbatches: tuple[tuple[int, ...], ...]) -> list[list[Any]]:
+        """The rows of each microbatch; empty ones count for nothing."""
+        return [[source[row] for row in rows] for rows in microbatches if rows]

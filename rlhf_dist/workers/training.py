@@ -10,7 +10,7 @@ import torch
 
 from rlhf_dist.algos.whitening import whiten
 from rlhf_dist.config.deepspeed import resolve_deepspeed
-from rlhf_dist.config.engines import EngineSection, PolicySection, ValueSection
+from rlhf_dist.config.engines import EngineSection, TrainedSection
 from rlhf_dist.config.ppo import PPOConfig
 from rlhf_dist.contracts.engine import Engine, Objective
 from rlhf_dist.contracts.experience import ExperienceBatch
@@ -64,7 +64,7 @@ def optimizer_steps(config: PPOConfig, idle: int = 0) -> int:
     return max(config.run.steps - idle, 1) * config.algorithm.epochs * config.algorithm.minibatches
 
 
-def prepare_checkpointing(model: Any, section: PolicySection | ValueSection) -> Any:
+def prepare_checkpointing(model: Any, section: TrainedSection) -> Any:
     """Switches activation recomputation on where the section asks for it (dropout is 0, so training mode samples nothing)."""
     if section.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -72,9 +72,14 @@ def prepare_checkpointing(model: Any, section: PolicySection | ValueSection) -> 
 
 
 def parameter_counts(module: torch.nn.Module) -> dict[str, int]:
-    """All parameters and those that are trained; whole ones, also where ZeRO 3 left a shard of each here."""
-    sizes = [(int(getattr(p, "ds_numel", p.numel())), p.requires_grad) for p in module.parameters()]
+    """All parameters and those that are trained; whole ones, also where ZeRO 3 left a shard of each here or they are held in 4 bits."""
+    sizes = [(_size(p), p.requires_grad) for p in module.parameters()]
     return {"parameters": sum(size for size, _ in sizes), "trained_parameters": sum(size for size, trained in sizes if trained)}
+
+
+def _size(parameter: Any) -> int:
+    packed = getattr(parameter, "quant_state", None)
+    return int(packed.shape.numel() if packed is not None else getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def seeded(seed: int) -> None:

@@ -13,6 +13,7 @@ from rlhf_dist.contracts.roles import PieceInfo, UpdateInfo, UpdateRequest
 from rlhf_dist.engines.deepspeed import Training
 from rlhf_dist.engines.process import Rank
 from rlhf_dist.models.loading import load_token_scorer, load_tokenizer
+from rlhf_dist.models.lora import add_adapter
 from rlhf_dist.models.value import ValueModule
 from rlhf_dist.workers.export import export_model
 from rlhf_dist.workers.scoring import score_rows
@@ -26,10 +27,13 @@ class ValueWorker:
         seeded(config.run.seed)
         section = config.value
         path = section.model or config.policy.model
-        model = prepare_checkpointing(load_token_scorer(section, path, zero_head=section.head_init == "zero"), section)
+        model = load_token_scorer(section, path, zero_head=section.head_init == "zero")
+        if section.lora is not None:
+            model = add_adapter(model, section.lora, config.run.seed, head="score")
         self._budget = section.microbatch_tokens
         self._tokenizer = load_tokenizer(path, trust_remote_code=section.trust_remote_code)
-        self._engine = build_engine(ValueModule(model), section, rank, Training(section.optim, optimizer_steps(config)))
+        module = ValueModule(prepare_checkpointing(model, section))
+        self._engine = build_engine(module, section, rank, Training(section.optim, optimizer_steps(config)))
         self._trainer = Trainer(self._engine, ValueObjective(config.algorithm), whitens=False)
 
     def score(self, shard: ExperienceBatch) -> Stored[Piece, PieceInfo]:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_dist.algos.preference import hinge_loss, ipo_loss, robust_loss, sequence_log_ratio, sigmoid_loss
+from rlhf_dist.algos.preference import hinge_loss, ipo_loss, robust_loss, sequence_log_ratio, sequence_logprob, sigmoid_loss
 
 BETA = 0.1
 
@@ -72,15 +72,32 @@ def test_impossible_smoothing_is_an_error(loss, epsilon):
 
 def test_log_ratios_are_summed_or_averaged_over_completion_tokens():
     logprobs = torch.tensor([[-1.0, -2.0, float("nan")], [-3.0, 1e6, -1.0]], requires_grad=True)
-    reference = torch.tensor([[-2.0, -4.0, 7.0], [-1.0, float("nan"), -0.5]])
     mask = torch.tensor([[True, True, False], [True, False, True]])
-    assert sequence_log_ratio(logprobs, reference, mask).tolist() == [3.0, -2.5]
-    averaged = sequence_log_ratio(logprobs, reference, mask, average=True)
+    assert sequence_logprob(logprobs, mask).tolist() == [-3.0, -4.0]
+    reference = f64(-6.0, -1.5)
+    assert sequence_log_ratio(logprobs, mask, reference).tolist() == [3.0, -2.5]
+    averaged = sequence_log_ratio(logprobs, mask, reference, average=True)
     assert averaged.tolist() == [1.5, -1.25]
     averaged.sum().backward()
     assert torch.equal(logprobs.grad, torch.where(mask, 0.5, 0.0))
 
 
+def test_long_completions_keep_their_digits():
+    """Float32 would be off by 1e-3 nats here, of which the loss would still show the fifth digit."""
+    logprobs, mask = torch.full((1, 20_001), -1.1), torch.ones(1, 20_001, dtype=torch.bool)
+    assert sequence_logprob(logprobs, mask).item() == pytest.approx(20_001 * float(logprobs[0, 0]), rel=1e-12)
+
+
 def test_an_empty_completion_is_an_error():
     with pytest.raises(ValueError, match="1 of 2 completions"):
-        sequence_log_ratio(torch.zeros(2, 2), torch.zeros(2, 2), torch.tensor([[True, False], [False, False]]))
+        sequence_log_ratio(torch.zeros(2, 2), torch.tensor([[True, False], [False, False]]), torch.zeros(2))
+
+
+def test_every_pair_may_have_its_own_smoothing():
+    h, epsilon = f64(-3.0, 0.5, 2.0), f64(0.0, 0.2, 0.5)
+    each = torch.stack([sigmoid_loss(one, BETA, float(e)) for one, e in zip(h[:2], epsilon[:2], strict=True)])
+    assert torch.equal(sigmoid_loss(h, BETA, epsilon)[:2], each)
+    tie = -0.5 * math.log(1 / (1 + math.exp(-0.2))) - 0.5 * math.log(1 / (1 + math.exp(0.2)))
+    assert sigmoid_loss(h, BETA, epsilon)[2].item() == pytest.approx(tie)
+    with pytest.raises(ValueError, match="flipped label"):
+        sigmoid_loss(h, BETA, f64(0.0, 0.2, 0.6))

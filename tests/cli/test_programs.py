@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from rlhf_dist.cli.programs import PPOProgram, program_of
+from rlhf_dist.cli.programs import PROGRAMS, PPOProgram, program_of
 from rlhf_dist.config.ppo import PPOConfig
+from rlhf_dist.config.stages import STAGES
 
 
 def test_a_config_finds_its_stage(ppo_values: dict[str, Any]) -> None:
@@ -18,6 +19,10 @@ def test_a_config_finds_its_stage(ppo_values: dict[str, Any]) -> None:
     assert set(program.sections) == {"policy", "reference", "value", "reward"}
     with pytest.raises(KeyError):
         program_of(object())
+
+
+def test_every_stage_has_a_program() -> None:
+    assert set(PROGRAMS) == set(STAGES.values())
 
 
 def test_it_travels_to_the_coordinators_process(ppo_values: dict[str, Any]) -> None:

@@ -79,6 +79,28 @@ def test_it_is_deterministic_and_does_not_depend_on_the_cut(finished: Path, run:
     assert again == pytest.approx(losses, rel=1e-4)
 
 
+def test_packed_rows_learn_the_same(finished: Path, run: Run) -> None:
+    """In microbatches of more rows than padding would leave room for."""
+    folders = finished, run("model.packing=true", "model.microbatch_tokens=90")
+    padded, packed = ([line for line in read_metrics(folder / "metrics.jsonl") if line["step"]] for folder in folders)
+    assert packed[0]["grad_norm"] == pytest.approx(padded[0]["grad_norm"], rel=1e-5)
+    for name in ("loss", "eval/loss"):
+        curves = [[line[name] for line in lines if name in line] for lines in (packed, padded)]
+        assert curves[0] == pytest.approx(curves[1], rel=1e-4) and len(curves[0]) >= 3
+
+
+def test_an_architecture_that_cannot_be_packed_is_refused(tiny_model: Path, run: Run, tmp_path: Path, capsys: Any) -> None:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    size = {"hidden_size": 16, "ffn_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "word_embed_proj_dim": 16}
+    OPTForCausalLM(OPTConfig(vocab_size=64, **size)).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        run("model.packing=true", f"model.model={tmp_path}")
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and "OPTForCausalLM cannot be packed" in err and str(tmp_path) in err and "packing: false" in err
+
+
 def test_adapters_and_steps_within_an_epoch(run: Run) -> None:
     lines = read_metrics(run("model.lora={r: 4}", "training.max_steps=4", "training.evaluate_every=2") / "metrics.jsonl")
     assert len(lines) == 5 and [line["step"] for line in lines if "eval/loss" in line] == [0, 2, 4]

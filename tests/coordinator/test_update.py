@@ -147,3 +147,16 @@ def test_fewer_rows_than_minibatches_after_drops(local_group: Any, ppo_values: d
     left = Experience(("handle",), LENGTHS[:3], VALID[:3], (0.0,) * 3, Moments(6, 0.0, 1.0), Tally())  # type: ignore[arg-type]
     assert update.update(0, left).policy_steps == 3
     assert rows_of(groups.policy.workers[0].requests) == [0, 1, 2]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_policys_budget_counts_no_padding_where_its_rows_are_packed(
+    packing: bool, local_group: Any, ppo_values: dict[str, Any]
+) -> None:
+    """Eight rows of 44 tokens, 72 when padded; the value model always pads."""
+    values = ppo_values | {"policy": ppo_values["policy"] | {"packing": packing, "microbatch_tokens": 44}}
+    values["value"] = ppo_values["value"] | {"microbatch_tokens": 44}
+    update, groups, _ = updater(local_group, values, epochs=1, minibatches=1)
+    update.update(0, experience())
+    counts = {group.name: [len(request.microbatches) for request in group.workers[0].requests] for group in groups.trained()}  # type: ignore[attr-defined]
+    assert counts == {"policy": [1 if packing else 2], "value": [2]}

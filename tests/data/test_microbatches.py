@@ -44,8 +44,21 @@ def test_the_shapes_do_not_depend_on_row_order(lengths: list[int], budget: int, 
     assert shapes(lengths) == shapes(shuffled)
 
 
+@given(LENGTHS, st.integers(1, 200))
+def test_packed_rows_count_their_tokens_alone(lengths: list[int], budget: int) -> None:
+    cuts = token_budget_cuts(lengths, budget, packed=True)
+    order = [lengths[row] for cut in cuts for row in cut]
+    assert sorted(row for cut in cuts for row in cut) == list(range(len(lengths))) and order == sorted(lengths, reverse=True)
+    for number, cut in enumerate(cuts):
+        held = sum(lengths[row] for row in cut)
+        assert len(cut) == 1 or held <= budget
+        assert number + 1 == len(cuts) or held + lengths[cuts[number + 1][0]] > budget, "no room was left for the next"
+    assert len(cuts) <= len(token_budget_cuts(lengths, budget))
+
+
 def test_an_example_by_hand() -> None:
     assert token_budget_cuts([3, 9, 4, 3, 20], 12) == [[4], [1], [2, 0, 3]]
+    assert token_budget_cuts([3, 8, 4, 3, 20], 12, packed=True) == [[4], [1, 2], [0, 3]]
 
 
 def test_equal_lengths_keep_row_order() -> None:

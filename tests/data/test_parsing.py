@@ -116,6 +116,7 @@ BAD: list[tuple[str, str, dict[str, Any]]] = [
     ("demonstrations", "empty completion", {"prompt": "q", "completion": "  "}),
     ("demonstrations", "wrong type", {"prompt": "q", "completion": 4}),
     ("demonstrations", "number out of range", {"prompt": "q", "completion": "a", "weight": -1}),
+    ("demonstrations", "number out of range", {"prompt": "q", "completion": "a", "weight": 0}),
     ("demonstrations", "number out of range", {"prompt": "q", "completion": "a", "weight": float("inf")}),
     ("demonstrations", "wrong type", {"prompt": "q", "completion": "a", "weight": float("nan")}),
     ("demonstrations", "several instances", {"instruction": "q", "instances": [{"output": "a"}, {"output": "b"}]}),

@@ -63,6 +63,12 @@ def test_each_row_goes_to_one_rank_and_one_microbatch_and_all_ranks_make_as_many
         assert len(microbatch) <= 1 or len(microbatch) * max(lengths[row] for row in microbatch) <= budget
 
 
+def test_packed_rows_fill_the_budget_with_tokens_alone() -> None:
+    lengths = [8, 4, 4, 8, 4, 4]
+    assert [[sorted(cut) for cut in share] for share in assign(range(6), lengths, 2, 16, packed=True)] == [[[1, 3, 4]], [[0, 2, 5]]]
+    assert [len(share) for share in assign(range(6), lengths, 2, 16)] == [2, 2]
+
+
 def test_nine_microbatches_on_eight_ranks() -> None:
     """One framework gave [2, 2, 2, 2, 1, 0, 0, 0]: a hang under ZeRO-3, where ranks with fewer microbatches miss collectives."""
     shares = assign(range(9), [10] * 9, ranks=8, budget=10)

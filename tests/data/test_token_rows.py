@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.data.layouts import Demonstration, Origin
-from rlhf_dist.data.token_rows import DemonstrationEncoder, TokenRow, collate
+from rlhf_dist.data.token_rows import DemonstrationEncoder, TokenRow, collate, collate_demonstrations
 from rlhf_dist.models.loading import load_tokenizer
 
 HERE = Origin("f.jsonl", 3, "f")
@@ -35,6 +35,15 @@ def texts(tokenizer: Any, row: TokenRow) -> tuple[str, str]:
 def test_the_completion_and_its_end_are_trained_on(words: Any) -> None:
     row = DemonstrationEncoder(words, 2, "completion").encode(Demonstration("w1 w2", " w3 w4", HERE))
     assert texts(words, row) == ("<s> w1 w2 w3 w4 </s>", "w3 w4 </s>") and row.weight == 3 and len(row) == 6
+
+
+def test_a_row_has_the_weight_of_its_record(words: Any) -> None:
+    encoder = DemonstrationEncoder(words, 2, "completion")
+    rows = [encoder.encode(Demonstration("w1 w2", " w3 w4", HERE, weight=weight)) for weight in (1.0, 2.5)]
+    assert [row.weight for row in rows] == [3.0, 7.5] and rows[1].cut(5).weight == 5.0
+    batch = collate_demonstrations(rows)
+    assert batch.weight_B.tolist() == [1.0, 2.5] and batch.select([1]).weight_B.tolist() == [2.5]
+    assert batch.valid_tokens_B.tolist() == [3, 3], "a weight changes no mask"
 
 
 def test_all_means_all_but_the_first(words: Any) -> None:

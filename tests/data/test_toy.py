@@ -28,7 +28,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 def test_same_seed_same_bytes(task: ToyTask, tmp_path: Path) -> None:
     again, other = write_toy(tmp_path / "a", seed=0), write_toy(tmp_path / "b", seed=1)
-    for name in ("corpus.jsonl", "prompts.jsonl", "held_out.jsonl", "tokenizer/tokenizer.json"):
+    for name in ("corpus.jsonl", "pairs.jsonl", "prompts.jsonl", "held_out.jsonl", "tokenizer/tokenizer.json"):
         assert (task.corpus.parent / name).read_bytes() == (again.corpus.parent / name).read_bytes()
     assert other.corpus.read_bytes() != again.corpus.read_bytes()
 
@@ -37,7 +37,7 @@ def test_prompts_are_new_and_distinct(task: ToyTask) -> None:
     learnt, held, known = (
         {row["prompt"] for row in rows(task.prompts)},
         {row["prompt"] for row in rows(task.held_out)},
-        {row["prompt"] for row in rows(task.corpus)},
+        {row["prompt"] for path in (task.corpus, task.pairs) for row in rows(path)},
     )
     assert (len(learnt), len(held)) == (200, 50)
     assert not learnt & held and not (learnt | held) & known
@@ -81,6 +81,14 @@ def test_the_reward_has_headroom(task: ToyTask) -> None:
     assert 0.3 < mean(scores) < 0.45
     assert max(scores) == pytest.approx(1.0) and sum(s > 0.95 for s in scores) > 100  # reached by text as it is
     assert by_mood["kind"] > 0.6 > 0.3 > by_mood["plain"] > by_mood["cold"]
+
+
+def test_the_chosen_ending_is_the_kinder_one(task: ToyTask) -> None:
+    pairs = rows(task.pairs)
+    scores = {name: kindness([r["prompt"] for r in pairs], [r[name] for r in pairs]) for name in ("chosen", "rejected")}
+    assert len(pairs) == 1500 and all(row["chosen"] != row["rejected"] for row in pairs)
+    won = mean(float(better > worse) for better, worse in zip(scores["chosen"], scores["rejected"], strict=True))
+    assert 0.7 < won < 0.9 and mean(scores["chosen"]) > mean(scores["rejected"]) + 0.25
 
 
 def test_the_prompt_stream_reads_it(task: ToyTask) -> None:

@@ -218,6 +218,18 @@ def test_forward_answers_each_microbatch_in_order_without_gradient(stage: int, o
 
 
 @pytest.mark.parametrize("stage", [0, 3])
+def test_a_closed_engine_holds_no_weights_and_leaves_others_alone(stage: int, engine_of) -> None:
+    engine, other = engine_of(stage), engine_of(stage, optim=AS_IF_SGD)
+    want = other.forward([batch()])[0]["logprobs_BT"]
+    assert torch.equal(engine.forward([batch()])[0]["logprobs_BT"], want)
+    weights = list(engine.module.parameters())
+    engine.close()
+    engine.close()
+    assert sum(held.numel() for weight in weights for held in (weight, getattr(weight, "ds_tensor", weight))) == 0
+    assert torch.equal(other.forward([batch()])[0]["logprobs_BT"], want)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
 def test_an_engine_without_training_settings_says_so(stage: int, engine_of, tmp_path) -> None:
     engine = engine_of(stage)
     asked = (

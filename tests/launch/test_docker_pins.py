@@ -88,7 +88,7 @@ def test_both_sets_have_the_same_torch_and_the_cuda_set_adds_only_its_libraries(
 def test_every_requirement_is_pinned_within_its_range(python):
     constraints = pins(ROOT / "constraints-cpu.txt", python)
     parser = setup()
-    wanted = parser["options"]["install_requires"] + parser["options.extras_require"]["dev"] + parser["options.extras_require"]["report"]
+    wanted = parser["options"]["install_requires"] + parser["options.extras_require"]["dev"]
     for line in filter(None, map(str.strip, wanted.splitlines())):
         requirement = Requirement(line)
         assert constraints[requirement.name.lower().replace("_", "-")] in requirement.specifier, line
@@ -176,6 +176,16 @@ def test_the_deepspeed_launcher_starts_ranks_of_our_module_on_this_machine(tmp_p
     head = ["deepspeed", str(ROOT), "--hostfile", "/dev/null", "--num_gpus", "3", "--master_port", "29511", "--no_local_rank", "--module"]
     tail = ["rlhf_dist.cli.main", "ppo", "--config", str(config), "placement.launcher=spmd", "run.steps=2"]
     assert answer.stdout.splitlines() == head + tail
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo"])
+@pytest.mark.parametrize(("script", "launcher"), [("ray_job_submit.sh", "ray"), ("deepspeed_single_node.sh", "spmd")])
+def test_the_first_word_may_be_a_stage(script, launcher, stage, tmp_path, environment):
+    (tmp_path / "c.yaml").write_text("")
+    words = launch(script, stage, "c.yaml", "run.name=x", cwd=tmp_path, env=environment).stdout.splitlines()
+    assert words[-5:] == [stage, "--config", str(tmp_path / "c.yaml"), f"placement.launcher={launcher}", "run.name=x"]
+    alone = launch(script, stage, cwd=tmp_path, env=environment)
+    assert alone.returncode == 2 and alone.stderr.startswith("usage: ") and "[sft|reward|dpo|ppo]" in alone.stderr
 
 
 @pytest.mark.parametrize("script", ["ray_job_submit.sh", "deepspeed_single_node.sh"])

@@ -15,9 +15,13 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+from rlhf_dist.config.engines import EngineSection
+from rlhf_dist.config.dpo import DPOConfig
 from rlhf_dist.config.loading import load_config
 from rlhf_dist.config.ppo import PPOConfig
+from rlhf_dist.config.reward_model import RewardModelConfig
 from rlhf_dist.config.rewards import FunctionReward, ModelReward
+from rlhf_dist.config.sft import SFTConfig
 from rlhf_dist.models.classifier import EncodedTexts, load_classifier
 from rlhf_dist.models.loading import load_tokenizer
 from rlhf_dist.rewards.function import load_function
@@ -27,8 +31,13 @@ from rlhf_dist.runs.metrics import read_metrics
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "configs" / "recipes"
 SENTIMENT = RECIPES / "sentiment"
-KINDS: dict[str, type[BaseModel]] = {"ppo.yaml": PPOConfig, "quickstart.yaml": PPOConfig}
-MADE_ELSEWHERE = ("runs/", "../shared/")  # by a script of the recipe, or lying beside the checkout: their pages say so
+KINDS: dict[str, type[BaseModel]] = {
+    "sft.yaml": SFTConfig,
+    "reward.yaml": RewardModelConfig,
+    "dpo.yaml": DPOConfig,
+    "ppo.yaml": PPOConfig,
+}
+MADE_ELSEWHERE = ("runs/", "../shared/", "data/", "models/")  # by an earlier stage or a script, or the user's own: their pages say so
 
 
 def recipes() -> list[Path]:
@@ -45,7 +54,23 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def test_there_are_recipes() -> None:
-    assert {path.relative_to(RECIPES).as_posix() for path in recipes()} >= {"quickstart.yaml", "sentiment/ppo.yaml"}
+    named = {path.relative_to(RECIPES).as_posix() for path in recipes()}
+    stages = {f"{folder}/{stage}.yaml" for folder in ("chat-7b", "chat-7b/qlora") for stage in ("sft", "reward", "dpo", "ppo")}
+    assert named >= {f"quickstart/{stage}.yaml" for stage in ("sft", "reward", "ppo")} | {"sentiment/ppo.yaml"} | stages
+
+
+@pytest.mark.parametrize("folder", ["quickstart", "chat-7b", "chat-7b/qlora"])
+def test_each_stage_of_a_pipeline_feeds_the_next(folder: str) -> None:
+    """What a stage names under runs/ is what an earlier one exports."""
+    stages = {path.stem: load_config(KINDS[path.name], path).model_dump() for path in (RECIPES / folder).glob("*.yaml")}
+    exports = {f"{stage['run']['output_dir']}/{stage['run']['name']}/export/model" for stage in stages.values()}
+    exports |= {f"{stage['run']['output_dir']}/task/model" for stage in stages.values()}
+    named = [text for stage in stages.values() for text in strings({k: v for k, v in stage.items() if k != "run"}) if text.startswith("runs/")]
+    models = [text for text in named if "/task/" not in text or text.endswith("/model")]
+    assert models and set(models) <= exports
+    ppo = stages["ppo"]
+    assert ppo["policy"]["model"] == f"{stages['sft']['run']['output_dir']}/sft/export/model"
+    assert any(source.get("model", "").endswith("/reward/export/model") for source in ppo["reward"]["sources"])
 
 
 @pytest.mark.parametrize("path", recipes(), ids=lambda path: path.relative_to(RECIPES).as_posix())
@@ -55,10 +80,10 @@ def test_a_recipe_is_valid_and_the_files_it_names_exist(path: Path) -> None:
     for text in strings(config.model_dump(mode="json")):
         if "/" in text:
             file = text.rpartition(":")[0] or text
-            assert file.startswith(MADE_ELSEWHERE) or (ROOT / file).exists() or file == "runs/sentiment", text
+            assert file.startswith(MADE_ELSEWHERE) or (ROOT / file).exists(), text
 
 
-@pytest.mark.parametrize("path", recipes(), ids=lambda path: path.relative_to(RECIPES).as_posix())
+@pytest.mark.parametrize("path", sorted(RECIPES.rglob("ppo.yaml")), ids=lambda path: path.relative_to(RECIPES).as_posix())
 def test_a_function_reward_of_a_recipe_can_be_imported(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     config = load_config(KINDS[path.name], path)
@@ -123,7 +148,7 @@ def test_stories_are_the_same_for_a_seed_distinct_and_balanced(builder: ModuleTy
 def test_a_built_classifier_loads_as_a_reward_and_has_learnt(builder: ModuleType, classifier: tuple[Path, float], tiny_model: Path) -> None:
     folder, accuracy = classifier
     assert accuracy > 0.65  # the recipe's own size reaches more; a coin reaches 0.5
-    module, tokenizer = load_classifier(str(folder), "fp32", label=1, transform="probability"), load_tokenizer(str(folder))
+    module, tokenizer = load_classifier(EngineSection(), str(folder), label=1, transform="probability"), load_tokenizer(str(folder))
     happy = "Lily was happy. Tom and Mia were best friends. The girl loved to play with the ball. Ben laughed."
     sad = 'Lily was sad. Tom hated the box. The girl cried. Ben was angry and hurt. "I hate this!" said Tom.'
     texts = EncodedTexts.from_rows([tokenizer(text)["input_ids"] for text in (happy, sad)])

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor
 
 from rlhf_dist.algos.advantages import broadcast_to_tokens, gae
+from rlhf_dist.algos.dpo_objective import DPOObjective
 from rlhf_dist.algos.losses import PolicyClip, policy_loss, token_weights, value_loss
 from rlhf_dist.algos.masking import masked_mean, masked_sum
 from rlhf_dist.algos.objectives import PolicyObjective, ValueObjective
 from rlhf_dist.algos.preference import sequence_log_ratio, sigmoid_loss
 from rlhf_dist.algos.ranking import all_pairs, plackett_luce
+from rlhf_dist.algos.reward_objective import RewardObjective
 from rlhf_dist.algos.token_rewards import sequence_returns, token_rewards
 from rlhf_dist.algos.whitening import masked_moments, whiten
 from rlhf_dist.config.algorithm import AlgorithmSection
+from rlhf_dist.config.dpo import DPOSection
 from rlhf_dist.contracts.experience import ExperienceBatch
+from rlhf_dist.contracts.pairs import PairBatch
+from rlhf_dist.contracts.preferences import PreferenceBatch
 
 POISONS = [1e6, float("nan"), float("inf"), float("-inf"), -1e30]
 ROWS, WIDTH, FIELDS = 5, 7, 6
@@ -83,6 +89,33 @@ def _value(config: AlgorithmSection) -> Case:
     return case
 
 
+def _reward(ranking: Literal["plackett_luce", "all_pairs"]) -> Case:
+    """Answers that do not exist point at texts with poisoned scores."""
+
+    def case(x: list[Tensor], mask: Tensor) -> Tensor:
+        index, one = torch.arange(4 * WIDTH).reshape(4, WIDTH), torch.ones(4)
+        tokens = torch.zeros(4 * WIDTH, 1, dtype=torch.long)
+        batch = PreferenceBatch(tokens, tokens.bool(), index, RANKED, one, one * float("nan"), one)
+        loss, tally = RewardObjective(ranking, margins=True, centring=0.1)({"score_B": x[0][:4].flatten()}, batch)
+        return _with_metrics(loss, tally.means())
+
+    return case
+
+
+def _dpo(config: DPOSection) -> Case:
+    """Two pairs of answers, one with a soft label."""
+
+    def case(x: list[Tensor], mask: Tensor) -> Tensor:
+        count, double = len(RANKED), torch.float64
+        fields = vars(experience([each[:count] for each in x], RANKED)).values()
+        each_pair = torch.tensor([0.8, float("nan")], dtype=double), torch.tensor([1.0, 2.0], dtype=double)
+        batch = PairBatch(*list(fields)[:5], -torch.arange(float(count)).double(), *each_pair)
+        loss, tally = DPOObjective(config)({"logprobs_BT": x[4][:count]}, batch)
+        return _with_metrics(loss, tally.means())
+
+    return case
+
+
 def _whiten(keep_mean: bool) -> Case:
     return lambda x, mask: whiten(x[0], mask, masked_moments(x[0], mask), keep_mean)
 
@@ -120,7 +153,12 @@ CASES: dict[str, Case] = {
     "value_objective": _value(AlgorithmSection()),
     "value_objective_sequence_mean": _value(AlgorithmSection(reduction="sequence_mean", value_clip=None)),
     "chain": _chain,
-    "preference": lambda x, mask: sigmoid_loss(sequence_log_ratio(x[0][:4], x[1][:4], RANKED), 0.1),
+    "preference": lambda x, mask: sigmoid_loss(sequence_log_ratio(x[0][:4], RANKED, torch.arange(4.0)), 0.1),
+    "dpo_objective": _dpo(DPOSection(label_smoothing=0.1)),
+    "dpo_objective_ipo": _dpo(DPOSection(loss="ipo")),
+    "dpo_objective_robust": _dpo(DPOSection(loss="robust", label_smoothing=0.1)),
+    "reward_objective": _reward("plackett_luce"),
+    "reward_objective_all_pairs": _reward("all_pairs"),
     "all_pairs": lambda x, mask: all_pairs(x[0][:4], RANKED),
     "plackett_luce": lambda x, mask: plackett_luce(x[0][:4], RANKED),
 }

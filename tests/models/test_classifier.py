@@ -21,6 +21,7 @@ from transformers import (
     T5Config,
 )
 
+from rlhf_dist.config.engines import EngineSection
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.models.classifier import ClassifierModule, EncodedTexts, load_classifier
 
@@ -88,7 +89,7 @@ def alone(model: torch.nn.Module, rows: list[list[int]]) -> torch.Tensor:
 
 
 def test_a_batch_scores_as_its_rows_do_alone_in_plain_transformers(folder: Path) -> None:
-    module = load_classifier(str(folder), "fp32")
+    module = load_classifier(EngineSection(), str(folder))
     plain = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     together = score(module, EncodedTexts.from_rows(TEXTS))
     assert together.dtype == torch.float32 and together.shape == (len(TEXTS),)
@@ -97,7 +98,7 @@ def test_a_batch_scores_as_its_rows_do_alone_in_plain_transformers(folder: Path)
 
 
 def test_what_stands_in_a_padded_slot_changes_nothing(folder: Path) -> None:
-    module = load_classifier(str(folder), "fp32")
+    module = load_classifier(EngineSection(), str(folder))
     clean = EncodedTexts.from_rows(TEXTS)
     for poison in (1, 39, 10**6, -7):
         dirty = EncodedTexts(torch.where(clean.mask_BL, clean.tokens_BL, poison), clean.mask_BL)
@@ -105,21 +106,21 @@ def test_what_stands_in_a_padded_slot_changes_nothing(folder: Path) -> None:
 
 
 def test_the_models_configuration_is_as_before_after_a_call(folder: Path) -> None:
-    module = load_classifier(str(folder), "fp32")
+    module = load_classifier(EngineSection(), str(folder))
     before = module.model.config.to_dict()
     score(module, EncodedTexts.from_rows(TEXTS))
     assert module.model.config.to_dict() == before
 
 
 def test_dropout_is_off_even_in_training_mode(folder: Path) -> None:
-    module = load_classifier(str(folder), "fp32")
+    module = load_classifier(EngineSection(), str(folder))
     texts = EncodedTexts.from_rows(TEXTS)
     calm = score(module, texts)
     assert torch.equal(score(module.train(), texts), calm)
 
 
 def test_a_blank_batch_is_one_row_that_runs(folder: Path) -> None:
-    module = load_classifier(str(folder), "fp32")
+    module = load_classifier(EngineSection(), str(folder))
     assert len(module.blank()) == 1
     assert score(module, module.blank()).isfinite().all()
 
@@ -179,14 +180,14 @@ def test_log_odds_of_a_certain_model_stay_finite() -> None:
 def test_several_outputs_need_label_and_transform(tmp_path: Path, label, transform) -> None:
     llama(labels=2).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"has 2 outputs \(0 = LABEL_0, 1 = LABEL_1\)") as caught:
-        load_classifier(str(tmp_path), "fp32", label=label, transform=transform)
+        load_classifier(EngineSection(), str(tmp_path), label=label, transform=transform)
     assert "transform" in caught.value.fix
 
 
 def test_a_label_that_does_not_exist(tmp_path: Path) -> None:
     llama(labels=2).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="label 2 does not exist"):
-        load_classifier(str(tmp_path), "fp32", label=2, transform="logit")
+        load_classifier(EngineSection(), str(tmp_path), label=2, transform="logit")
 
 
 def test_a_language_model_has_no_trained_head_and_is_no_random_reward(tmp_path: Path) -> None:
@@ -194,33 +195,33 @@ def test_a_language_model_has_no_trained_head_and_is_no_random_reward(tmp_path: 
     with pytest.raises(
         UserError, match=r"not a trained sequence classifier: the folder does not hold score\.weight, which would be random"
     ):
-        load_classifier(str(tmp_path), "fp32")
+        load_classifier(EngineSection(), str(tmp_path))
 
 
 def test_a_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
-        load_classifier(str(tmp_path / "gone"), "fp32")
+        load_classifier(EngineSection(), str(tmp_path / "gone"))
     assert caught.value.where == str(tmp_path / "gone")
 
 
 def test_an_architecture_without_a_classifier(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "clip_vision_model"}', encoding="utf-8")
-    with pytest.raises(UserError, match="cannot load the reward model"):
-        load_classifier(str(tmp_path), "fp32")
+    with pytest.raises(UserError, match="cannot load the model"):
+        load_classifier(EngineSection(), str(tmp_path))
 
 
 def test_a_folder_without_weights(tmp_path: Path) -> None:
     llama().config.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="cannot load the reward model"):
-        load_classifier(str(tmp_path), "fp32")
+    with pytest.raises(UserError, match="cannot load the model"):
+        load_classifier(EngineSection(), str(tmp_path))
 
 
 def test_pickled_weights_are_refused(tmp_path: Path) -> None:
     model = llama()
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(UserError, match="cannot load the reward model") as caught:
-        load_classifier(str(tmp_path), "fp32")
+    with pytest.raises(UserError, match="cannot load the model") as caught:
+        load_classifier(EngineSection(), str(tmp_path))
     assert "safetensors" in caught.value.fix
 
 
@@ -233,7 +234,7 @@ def test_a_model_that_answers_a_logit_a_token_is_refused() -> None:
 
 def test_bf16_weights_give_fp32_scores(tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path)
-    module = load_classifier(str(tmp_path), "bf16")
+    module = load_classifier(EngineSection(dtype="bf16"), str(tmp_path))
     assert next(module.parameters()).dtype == torch.bfloat16
     assert score(module, EncodedTexts.from_rows(TEXTS)).dtype == torch.float32
 

@@ -296,7 +296,7 @@ def test_an_architecture_without_a_linear_score_head_is_refused(tmp_path: Path, 
     LlamaForSequenceClassification(LlamaConfig(**LLAMA, num_labels=1)).save_pretrained(tmp_path)
     loaded = load_token_scorer(SECTION, str(tmp_path), zero_head=False)
     loaded.score = nn.Identity()
-    monkeypatch.setattr("rlhf_dist.models.loading._load", lambda *_, **__: loaded)
+    monkeypatch.setattr("rlhf_dist.models.loading.load_pretrained", lambda *_, **__: loaded)
     with pytest.raises(UserError, match="no linear `score` head"):
         load_token_scorer(SECTION, str(tmp_path), zero_head=True)
 

@@ -5,11 +5,12 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_dist.config.engines import LoraSection
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.models.lora import add_adapter, named_weights, trained_weights
+from rlhf_dist.models.quantisation import dequantised, quantise
 
 TOKENS = torch.arange(8)[None]
 
@@ -112,7 +113,7 @@ def test_a_module_that_cannot_be_adapted_is_named(targets, tiny_config) -> None:
     """peft alone would pass over an unknown name as long as another one fits."""
     with pytest.raises(UserError, match=targets[-1] if targets[-1] == "nope" else "fits no module") as caught:
         add_adapter(model_of(tiny_config("llama")), LoraSection(target_modules=targets), seed=1)
-    assert caught.value.where == "policy.lora.target_modules"
+    assert caught.value.where == "lora.target_modules"
 
 
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
@@ -150,3 +151,74 @@ def test_adapters_have_the_precision_of_the_model(tiny_config) -> None:
     assert {p.dtype for p in add_adapter(model_of(tiny_config("llama")).bfloat16(), LoraSection(r=2), seed=1).parameters()} == {
         torch.bfloat16
     }
+
+
+# --- over 4-bit layers ------------------------------------------------------------------------------------------------------------------
+
+
+def in_4_bits(config: Any, dtype: torch.dtype = torch.float32) -> Any:
+    model = model_of(config).to(dtype)
+    quantise(model, dtype, "here")
+    return model
+
+
+@pytest.fixture
+def wide_config(tiny_config) -> Any:
+    return tiny_config("llama", hidden_size=64, intermediate_size=64)
+
+
+def test_over_4_bits_the_adapter_learns_and_the_merged_model_answers_as_it_does(wide_config) -> None:
+    adapted = add_adapter(in_4_bits(wide_config), LoraSection(r=2, alpha=4.0), seed=1)
+    first = adapted(input_ids=TOKENS, labels=TOKENS).loss
+    want = trained(adapted)(TOKENS)
+    assert adapted(input_ids=TOKENS, labels=TOKENS).loss < 0.8 * first
+    got = exported(adapted)
+    plain = model_of(wide_config)
+    assert {name: weight.shape for name, weight in got.items()} == {name: weight.shape for name, weight in plain.named_parameters()}
+    plain.load_state_dict(got)
+    torch.testing.assert_close(plain(TOKENS).logits, want.logits, rtol=1e-5, atol=1e-5)
+
+
+def test_over_4_bits_a_merged_weight_is_rounded_once_to_the_compute_precision(wide_config) -> None:
+    adapted = trained(add_adapter(in_4_bits(wide_config, torch.bfloat16), LoraSection(r=2, alpha=4.0), seed=1))
+    got = exported(adapted)
+    assert {p.dtype for p in adapted.parameters()} == {torch.bfloat16, torch.uint8}
+    layer = adapted.get_base_model().model.layers[1].mlp.up_proj
+    exact = dequantised(layer.base_layer).double() + 2.0 * (layer.lora_B.default.weight.double() @ layer.lora_A.default.weight.double())
+    assert torch.equal(got["model.layers.1.mlp.up_proj.weight"], exact.bfloat16())
+
+
+def test_a_quantised_model_without_adapters_is_written_out_whole(wide_config) -> None:
+    model = in_4_bits(wide_config)
+    got = exported(model)
+    plain = model_of(wide_config)
+    assert got.keys() == dict(plain.named_parameters()).keys()
+    plain.load_state_dict(got)
+    torch.testing.assert_close(plain(TOKENS).logits, model(TOKENS).logits, rtol=1e-5, atol=1e-5)
+
+
+# --- with a head ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [32, 4])
+def test_a_head_is_trained_whole_beside_the_adapters(bits, wide_config) -> None:
+    wide_config.num_labels, wide_config.pad_token_id = 1, 0
+    torch.manual_seed(0)
+    model: Any = AutoModelForSequenceClassification.from_config(wide_config).eval()
+    if bits == 4:
+        quantise(model, torch.float32, "here")
+    adapted = add_adapter(model, LoraSection(r=2), seed=1, head="score")
+    learns = {name for name, p in adapted.named_parameters() if p.requires_grad}
+    assert {name for name in learns if "lora_" not in name} == {"base_model.model.score.weight"} and len(learns) == 1 + 2 * 2 * 7
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=0.05)
+    head = model.score.weight.clone()
+    for _ in range(5):
+        (adapted(TOKENS).logits - 3.0).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not torch.equal(model.score.weight, head)
+    got = exported(adapted)
+    plain: Any = AutoModelForSequenceClassification.from_config(wide_config).eval()
+    plain.load_state_dict(got)
+    torch.testing.assert_close(plain(TOKENS).logits, adapted(TOKENS).logits, rtol=1e-5, atol=1e-5)
+    assert {name for name, *_ in trained_weights(adapted)} == learns

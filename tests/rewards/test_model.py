@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
+from rlhf_dist.config.engines import EngineSection
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.contracts.experience import ExperienceBatch, StopReason
 from rlhf_dist.models.classifier import ClassifierModule, EncodedTexts, load_classifier
@@ -130,7 +131,7 @@ def test_a_saved_reward_model_with_a_real_tokenizer_judges_what_the_policy_wrote
     classifier(2, vocabulary=512).save_pretrained(tmp_path)
     policy = AutoTokenizer.from_pretrained(STORIES)
     policy.save_pretrained(tmp_path)
-    module = load_classifier(str(tmp_path), "fp32")
+    module = load_classifier(EngineSection(), str(tmp_path))
     encoder = RewardEncoder(AutoTokenizer.from_pretrained(tmp_path), policy, module.input_limit(None), "error")
     assert encoder.same_tokenizer
     rows = [

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.contracts.experience import ExperienceBatch, StopReason
 from rlhf_dist.models.classifier import EncodedTexts
+from rlhf_dist.models.reward_model import separate_pad
 from rlhf_dist.rewards.text import RewardEncoder, same_tokenizer
 
 WORDS = ["<pad>", "<s>", "</s>", "[CLS]", "[SEP]", "<unk>", "user", "assistant", ":", "once", "upon", "a", "time", "there", "was", "end"]
@@ -97,6 +98,21 @@ def test_padding_and_truncation_do_not_make_a_tokenizer_another() -> None:
 )
 def test_tokenizers_that_differ(other: PreTrainedTokenizerFast) -> None:
     assert not same_tokenizer(tokenizer(), other)
+
+
+def extended() -> PreTrainedTokenizerFast:
+    """The policy's tokenizer with a pad of its own, as reward models are saved with."""
+    made = tokenizer()
+    separate_pad(made, (2,))
+    assert len(made) == len(tokenizer()) + 1
+    return made
+
+
+def test_a_reward_model_with_a_pad_of_its_own_reads_the_policys_ids() -> None:
+    assert same_tokenizer(extended(), tokenizer()), "stop token included"
+    assert not same_tokenizer(tokenizer(), extended()), "the policy may write what the reward model does not know"
+    encoder = RewardEncoder(extended(), tokenizer(), None, "error")
+    assert rows_of(encoder.encode(batch(STORY))) == [ids("<s> once upon a time </s>"), ids("<s> there was a time end </s>")]
 
 
 def test_between_equal_tokenizers_the_ids_pass_unchanged() -> None:

@@ -16,6 +16,7 @@ def test_a_new_folder_has_its_places(tmp_path: Path) -> None:
     assert folder.evaluation_path(12) == root / "evaluation" / "step_000012.parquet"
     assert (folder.config, folder.metrics, folder.summary) == (root / "config.yaml", root / "metrics.jsonl", root / "summary.json")
     assert (folder.export_policy, folder.export_value) == (root / "export" / "policy", root / "export" / "value")
+    assert folder.report == root / "report" and not folder.report.exists(), "made by what has something to report"
     for place in (folder.tensorboard, folder.rollouts, folder.evaluation, folder.checkpoints, folder.export):
         assert place.is_dir() and place.parent == root
 

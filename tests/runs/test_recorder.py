@@ -25,6 +25,7 @@ def test_everything_goes_to_its_place(tmp_path: Path, ppo_values: dict[str, Any]
     assert recorder.rollouts_path(3) == str(folder.rollouts / "step_000003.parquet")
     assert recorder.evaluation_path(0) == str(folder.evaluation / "step_000000.parquet")
     assert recorder.export_path("policy") == str(folder.export_policy) and recorder.export_path("value") == str(folder.export_value)
+    assert recorder.report_path() == str(folder.report)
     recorder.close()
     recorder.close()
     assert folder.config.is_file()  # a run that recorded something keeps its folder
@@ -47,7 +48,7 @@ def test_a_rank_without_a_folder_writes_nothing(tmp_path: Path, ppo_values: dict
     recorder.metrics(1, {"objective/kl": 0.5})
     recorder.publish_checkpoint(RunState(), keep=1)
     recorder.summary({})
-    assert {recorder.rollouts_path(1), recorder.evaluation_path(1), recorder.begin_checkpoint(1), recorder.export_path("policy")} == {""}
+    assert {recorder.report_path(), recorder.rollouts_path(1), recorder.evaluation_path(1), recorder.begin_checkpoint(1), recorder.export_path("policy")} == {""}
     recorder.close()
     assert list(tmp_path.iterdir()) == []
 

@@ -57,8 +57,11 @@ class Counting:
         return [None, None]
 
 
-def run(tmp_path: Path, group: Counting, **training: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    config = SFTConfig.model_validate({"data": {"train": "x"}, "model": {"model": "m"}, "training": {"batch_size": 4} | training})
+def run(
+    tmp_path: Path, group: Counting, model: dict[str, Any] | None = None, **training: Any
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    values = {"data": {"train": "x"}, "model": {"model": "m"} | (model or {}), "training": {"batch_size": 4} | training}
+    config = SFTConfig.model_validate(values)
     folder = RunFolder.create(tmp_path, "run")
     loop = SupervisedLoop(Stage("sft", "eval/loss"), config, group, Recorder(folder), NullReporter())  # type: ignore[arg-type]
     return loop.run(), read_metrics(folder.metrics)
@@ -99,3 +102,13 @@ def test_no_rows_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no row is left") as caught:
         run(tmp_path, Counting(0, []))
     assert "dropped: odd" in caught.value.fix
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_budget_counts_no_padding_where_rows_are_packed(tmp_path: Path, packing: bool) -> None:
+    """Rows of 1 to 8 tokens on two ranks, 18 tokens each: 8 + 7 + 2 + 1 and 6 + 5 + 4 + 3."""
+    group = Counting(8, [5.0] * 2)
+    run(tmp_path, group, {"packing": packing, "microbatch_tokens": 20}, batch_size=8)
+    cuts = [[row + 1 for row in cut] for request in group.updates[0] for cut in request.microbatches]
+    assert sorted(length for cut in cuts for length in cut) == list(range(1, 9))
+    assert (len(cuts) == 2) == packing, "one microbatch a rank"

@@ -84,6 +84,21 @@ def test_nothing_is_sampled_before_the_first_sync(configured, plain_rank) -> Non
         PolicyWorker(configured(), plain_rank).generate(request())
 
 
+@pytest.mark.parametrize("stage", [0, 3])
+def test_packed_rows_score_and_train_as_padded_ones(stage, worker_of) -> None:
+    """The policy with its adapter, without it, law 3, and an optimizer step."""
+    changes = {"policy.lora": {"r": 2}}
+    padded, packed = worker_of(stage, changes), worker_of(stage, changes | {"policy.packing": True})
+    shard = padded.generate(request()).payload
+    assert tokens(shard) == tokens(packed.generate(request()).payload)
+    for method, name in (("score", "old_logprobs_BT"), ("reference_score", "ref_logprobs_BT")):
+        mine, reference = (getattr(worker, method)(shard).payload.tensors[name][shard.response_mask_BT] for worker in (packed, padded))
+        assert torch.allclose(mine, reference, atol=1e-5)
+    assert packed.ratio_check(shard, scored(packed, shard)).tally.means()["ratio/max"] < 1e-5
+    steps = [train(worker, shard).step.grad_norm for worker in (packed, padded)]
+    assert steps[0] == pytest.approx(steps[1], rel=1e-4) and steps[1] > 0
+
+
 @pytest.mark.parametrize("lora", [None, {"r": 2}])
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_the_training_forward_agrees_with_the_sampler_and_training_moves_both(stage, lora, worker_of) -> None:

@@ -38,12 +38,12 @@ def test_ranks_share_the_rows_out(rows, world_size) -> None:
 
 
 @settings(deadline=None)
-@given(lengths=lengths, world_size=st.integers(1, 4), budget=st.integers(1, 60))
-def test_every_number_comes_back_in_its_row_whatever_the_cut(shard_of, lengths, world_size, budget) -> None:
+@given(lengths=lengths, world_size=st.integers(1, 4), budget=st.integers(1, 60), packed=st.booleans())
+def test_every_number_comes_back_in_its_row_whatever_the_cut(shard_of, lengths, world_size, budget, packed) -> None:
     rows = [([100 * n + k for k in range(p)], [100 * n + 50 + k for k in range(r)]) for n, (p, r) in enumerate(lengths)]
     shard = shard_of(rows)
     engines = [EchoEngine(rank, world_size) for rank in range(world_size)]
-    answers = [score_rows(engine, shard, FIELDS, budget) for engine in engines]
+    answers = [score_rows(engine, shard, FIELDS, budget, packed) for engine in engines]
     merged = merge_pieces(shard, [answer.payload for answer in answers])
     for n, (prompt, response) in enumerate(rows):
         assert merged.values_BT[n, : len(response)].tolist() == response and merged.bootstrap_value_B[n] == prompt[-1]
@@ -51,8 +51,8 @@ def test_every_number_comes_back_in_its_row_whatever_the_cut(shard_of, lengths, 
         assert answer.info.rows == answer.payload.rows == rows_of_rank(len(rows), rank, world_size) and answer.info.seconds >= 0
         assert len(engine.calls) == 1  # also without rows: the call is collective
         for microbatch in engine.calls[0]:
-            longest = int((microbatch.prompt_lengths_B + microbatch.response_lengths_B).max())
-            assert len(microbatch) == 1 or len(microbatch) * longest <= budget
+            held = microbatch.prompt_lengths_B + microbatch.response_lengths_B
+            assert len(microbatch) == 1 or (int(held.sum()) if packed else len(microbatch) * int(held.max())) <= budget
 
 
 def test_options_reach_the_module(shard_of, ragged) -> None:

@@ -1,22 +1,28 @@
-"""One rank: gradients of the policy and value losses of one batch, over ZeRO stages × numbers of microbatches; rank 0 saves them.
+"""One rank: gradients of the policy, value and DPO losses of one batch, over ZeRO stages × numbers of microbatches, rows padded or packed
+(not the value's); rank 0 saves them.
 
 usage: gradients.py MODEL OUT.pt
 """
 
+import functools
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from deepspeed.utils import safe_get_full_grad
 
+from rlhf_dist.algos.dpo_objective import DPOObjective
 from rlhf_dist.algos.objectives import PolicyObjective, ValueObjective
 from rlhf_dist.config.algorithm import AlgorithmSection
 from rlhf_dist.config.deepspeed import resolve_deepspeed
+from rlhf_dist.config.dpo import DPOSection
 from rlhf_dist.config.engines import PolicySection, ValueSection
 from rlhf_dist.config.optim import OptimSection
-from rlhf_dist.contracts.experience import ExperienceBatch
+from rlhf_dist.contracts.experience import ExperienceBatch, SequenceBatch
+from rlhf_dist.contracts.pairs import PairBatch
 from rlhf_dist.engines.deepspeed import DeepSpeedEngine, Training
 from rlhf_dist.engines.process import start_process_group, stop_process_group
 from rlhf_dist.models.loading import load_causal_lm, load_token_scorer
@@ -45,8 +51,21 @@ def experience(vocabulary: int) -> ExperienceBatch:
     )  # fmt: skip
 
 
+def pairs(batch: ExperienceBatch, rows: list[int]) -> PairBatch:
+    """Each of the rows as a chosen answer, the next row as its rejected one; of unequal weight, some of them with a soft label."""
+    both = [*rows, *((row + 1) % ROWS for row in rows)]
+    fields = list(vars(batch.select(both)).values())[:5]
+    every = torch.arange(ROWS, dtype=torch.float64)
+    return PairBatch(
+        *fields,
+        ref_logprob_2B=(-4.0 * batch.valid_tokens_B + every)[both],
+        label_probability_B=torch.where(every % 3 == 0, 0.8, float("nan"))[rows],
+        weight_B=(1.0 + every % 2)[rows],
+    )
+
+
 def engines(model: str, stage: int, folder: Path, rank: object) -> dict[str, tuple[DeepSpeedEngine, object]]:
-    """Policy and value engines at a stage. The learning rate is too small to move a float32 weight, so one engine serves many splits."""
+    """Policy engines, padding and packing, and a value engine. The rate is too small to move a float32 weight: one serves many splits."""
     path = folder / f"zero{stage}.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
     config = {"dtype": "fp32", "clip_norm": 0.0, "trains": True}
@@ -55,8 +74,11 @@ def engines(model: str, stage: int, folder: Path, rank: object) -> dict[str, tup
     torch.manual_seed(1)
     value = load_token_scorer(ValueSection(), model, zero_head=True)
     torch.nn.init.normal_(value.score.weight)
+    policies = {"policy": False, "policy packed": True}
     modules = {
-        "policy": (PolicyModule(load_causal_lm(PolicySection(model=model), model)), PolicyObjective(algorithm)),
+        name: (PolicyModule(load_causal_lm(PolicySection(model=model), model), packing=packing), PolicyObjective(algorithm))
+        for name, packing in policies.items()
+    } | {
         "value": (ValueModule(value), ValueObjective(algorithm)),
     }
     return {
@@ -65,11 +87,11 @@ def engines(model: str, stage: int, folder: Path, rank: object) -> dict[str, tup
     }
 
 
-def microbatches(batch: ExperienceBatch, count: int, rank: int, world_size: int) -> list[ExperienceBatch]:
+def microbatches(select: Callable[[list[int]], SequenceBatch], count: int, rank: int, world_size: int) -> list[SequenceBatch]:
     """This rank's share in `count` microbatches; some may be empty, and ranks get unequal numbers of rows."""
     rows = list(range(rank, ROWS, world_size))
     parts = [rows[number::count] for number in range(count)]
-    return [batch.select(part) for part in parts if part]
+    return [select(part) for part in parts if part]
 
 
 def main() -> None:
@@ -83,15 +105,19 @@ def main() -> None:
     for stage in range(4):
         for name, (engine, objective) in engines(model, stage, scratch, rank).items():
             batch = experience(engine.module.model.config.vocab_size)
-            for count in (1, 2, 3, 4):
-                engine.forward_backward(
-                    microbatches(batch, count, rank.rank, rank.world_size), objective, float(batch.valid_tokens_B.sum())
-                )
-                gradient = [safe_get_full_grad(p) for p in engine.module.parameters()]
-                norm = engine.optimizer_step().grad_norm
-                key = f"{name} zero{stage} world{rank.world_size} microbatches{count}"
-                found[key] = torch.cat([g.double().flatten() for g in gradient])
-                metrics[key] = norm
+            losses = {name: (objective, batch.select, float(batch.valid_tokens_B.sum()))}
+            if name.startswith("policy"):
+                weight = float(pairs(batch, list(range(ROWS))).weight_B.sum())
+                preference = DPOObjective(DPOSection(beta=0.3, label_smoothing=0.1))
+                losses[name.replace("policy", "dpo")] = (preference, functools.partial(pairs, batch), weight)
+            for loss, (function, select, denominator) in losses.items():
+                for count in (1, 2, 3, 4):
+                    engine.forward_backward(microbatches(select, count, rank.rank, rank.world_size), function, denominator)
+                    gradient = [safe_get_full_grad(p) for p in engine.module.parameters()]
+                    norm = engine.optimizer_step().grad_norm
+                    key = f"{loss} zero{stage} world{rank.world_size} microbatches{count}"
+                    found[key] = torch.cat([g.double().flatten() for g in gradient])
+                    metrics[key] = norm
     if rank.rank == 0:
         torch.save(found, out)
     stop_process_group()
