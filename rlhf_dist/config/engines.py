@@ -56,7 +56,8 @@ class PolicySection(TrainedSection):
     model: str = Field(description="Hugging Face folder (or cached hub name) of a causal LM, or of a peft adapter for one")
     packing: bool = Field(
         False,
-        description="several sequences in one row of a forward, none of which sees another; microbatch_tokens then counts no padding",
+        description="several sequences in one row of a forward, none of which sees another; microbatch_tokens then counts no padding. "
+        "Large microbatches of ragged rows gain (on a CPU 3 times as fast at 4096 tokens); small ones, of rows of like length, hardly",
     )
 
 

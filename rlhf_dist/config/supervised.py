@@ -36,7 +36,7 @@ class RowsSection(Section):
     max_tokens: int = Field(1024, ge=2, description="longest row, prompt and completion together")
     overlong: Literal["error", "drop", "truncate"] = Field(
         "error",
-        description="a longer row: stop, drop and count it, or cut its end and count it",
+        description="a longer row: stop, drop, or cut (a demonstration at its end, answers at the front of their prompt); counted",
     )
     faults: Literal["error", "drop"] = Field(
         "error", description="a row that cannot be used: stop with file, line and reason, or drop and count it"

@@ -73,7 +73,8 @@ def preflight(config: PPOConfig, groups: Groups, version: int) -> dict[str, floa
 def reference_is_policy(config: PPOConfig) -> bool:
     """Whether the reference starts as the very policy, at the same precision: then KL at step 0 must be 0."""
     return config.reference.model in ("", config.policy.model) and (
-        config.policy.lora is not None or config.reference.dtype == config.policy.dtype
+        config.policy.lora is not None
+        or (config.reference.dtype, config.reference.quantize) == (config.policy.dtype, config.policy.quantize)
     )
 
 

@@ -79,8 +79,7 @@ def stop_process_group() -> None:
 def quiet_deepspeed() -> Any:
     """The deepspeed module, with the chatter of the libraries off: their bars and notes would drown the run's own progress."""
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "WARNING")
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    quiet_libraries()
     import logging
 
     import deepspeed
@@ -88,5 +87,4 @@ def quiet_deepspeed() -> Any:
 
     __compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    quiet_libraries()
     return deepspeed

@@ -14,6 +14,10 @@ def quiet_bitsandbytes() -> None:
 def quiet_libraries() -> None:
     """Leaves errors only; that a value head starts anew, for one, is none. TRANSFORMERS_VERBOSITY brings back what transformers says."""
     quiet_bitsandbytes()
+    import torch
+
+    if not torch.cuda.is_available():  # peft imports accelerate, which imports deepspeed, which says that it looked for a GPU in vain
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if "TRANSFORMERS_VERBOSITY" in os.environ:
         return
     from transformers.utils import logging as transformers_logging

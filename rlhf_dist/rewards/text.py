@@ -24,7 +24,7 @@ class RewardEncoder:
 
     - Where the prompt is a chat and the reward model's template is not the policy's: the reward model's template over the messages and
       the completion as the assistant's turn.
-    - Otherwise, where the reward model's tokenizer knows the policy's ids (`same_tokenizer`): the token ids as they are, stop token included.
+    - Otherwise, where the reward model's tokenizer knows the policy's ids (`same_tokenizer`): the ids as they are, stop token included.
     - Otherwise: the text (special tokens and the stop token removed), tokenised with the special tokens of the reward model's tokenizer.
 
     Args:

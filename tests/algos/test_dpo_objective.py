@@ -18,7 +18,9 @@ NAN = math.nan
 LOSSES = [DPOSection(loss="hinge"), DPOSection(loss="ipo"), DPOSection(), DPOSection(loss="robust", label_smoothing=0.2)]
 
 
-def pairs(lengths: list[int], reference: list[float], probability: list[float] | None = None, weight: list[float] | None = None) -> PairBatch:
+def pairs(
+    lengths: list[int], reference: list[float], probability: list[float] | None = None, weight: list[float] | None = None
+) -> PairBatch:
     """2B sequences of the given lengths."""
     count, width = len(lengths), max(lengths)
     mask = torch.arange(width) < torch.tensor(lengths)[:, None]
@@ -63,7 +65,12 @@ def test_losses_and_metrics_by_hand() -> None:
     assert metrics["rewards/chosen"] == pytest.approx(0.5 * (1 - 3 * 2) / 4) and metrics["rewards/rejected"] == pytest.approx(-0.125)
     assert metrics["rewards/margins"] == pytest.approx((1.0 - 3.0) / 4) and metrics["rewards/accuracies"] == 0.25
     assert metrics["logps/chosen"] == pytest.approx((-2 - 15) / 4) and metrics["logps/rejected"] == pytest.approx((-3 - 9) / 4)
-    assert set(metrics) == {"loss", *(f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")), "logps/chosen", "logps/rejected"}
+    assert set(metrics) == {
+        "loss",
+        *(f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")),
+        "logps/chosen",
+        "logps/rejected",
+    }
 
 
 def test_ipo_averages_over_tokens() -> None:

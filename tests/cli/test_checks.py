@@ -167,3 +167,47 @@ def test_another_vocabulary_ends_the_run_with_status_2_before_anything_starts(
         rlhf_dist_ppo(ppo_values, f"reference.model={other_model(words={'w3': 'x3'})}")
     assert ended.value.code == 2 and "another vocabulary" in capfd.readouterr().err
     assert not Path(ppo_values["run"]["output_dir"]).exists()
+
+
+@pytest.mark.parametrize("role", ["policy", "reference", "value"])
+def test_a_layer_that_cannot_be_quantised_is_named_with_its_role(ppo_values: dict[str, Any], role: str) -> None:
+    """The tiny model has layers of 32 inputs. An empty `model` is the policy's."""
+    lora = {} if role == "reference" else {"lora": {}}
+    with pytest.raises(UserError, match=r"the layer model\.layers\.0\.self_attn\.q_proj has 32 inputs") as caught:
+        check(ppo_values, **{role: {"quantize": "nf4"} | lora})
+    assert caught.value.where.startswith(f"{role}: ")
+
+
+def test_on_a_gpu_any_width_can_be_quantised(ppo_values: dict[str, Any]) -> None:
+    check(ppo_values, reference={"quantize": "nf4", "gpus_per_rank": 0.5})
+
+
+def test_a_real_model_whose_layers_are_odd(ppo_values: dict[str, Any], shared: Path) -> None:
+    path = str(shared / "models" / "stories15M")
+    policy = {"model": path, "quantize": "nf4", "lora": {}}
+    with pytest.raises(UserError, match=r"model\.layers\.0\.self_attn\.q_proj has 288 inputs; .* multiples of 64"):
+        check(ppo_values, policy=policy)
+
+
+def test_a_quantised_model_reward_is_looked_at(ppo_values: dict[str, Any], tiny_model: Path) -> None:
+    with pytest.raises(UserError, match="has 32 inputs") as caught:
+        check(ppo_values, reward={"quantize": "nf4", "sources": [{"name": "m", "kind": "model", "model": str(tiny_model)}]})
+    assert caught.value.where.startswith("reward m: ")
+
+
+def test_an_adapter_made_for_another_base_model_is_found_before_a_process_starts(
+    ppo_values: dict[str, Any], tiny_model: Path, wide_model: Path, tmp_path: Path
+) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), config).save_pretrained(str(tmp_path))
+    assert check(ppo_values, policy={"model": str(tmp_path)})["stop tokens"] == [2]
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": str(wide_model)}))
+    with pytest.raises(
+        UserError, match="the adapter was made for another base model: its model.layers.0.self_attn.q_proj.lora_A"
+    ) as caught:
+        check(ppo_values, policy={"model": str(tmp_path)})
+    assert caught.value.where.startswith("policy: ")

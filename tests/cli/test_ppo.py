@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from rich.console import Console
-from transformers import AutoTokenizer, BertConfig, BertModel, LlamaForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, LlamaForSequenceClassification
 
 from rlhf_dist.cli.ppo import show_before_after
 from rlhf_dist.runs.metrics import read_metrics
@@ -69,6 +70,42 @@ def test_without_held_out_prompts_there_is_nothing_to_compare(
     rlhf_dist_ppo(ppo_values, "run.steps=1", "data.eval_fraction=0")
     out = capfd.readouterr().out
     assert "before and after" not in out and "everything of this run" in out
+
+
+# --- adapters and 4 bits
+
+
+def test_adapters_over_4_bits_in_every_role(
+    rlhf_dist_ppo: Callable[..., Path], ppo_values: Values, wide_model: Path, tmp_path: Path
+) -> None:
+    """Policy and value train adapters, a model reward is frozen; preflight's on-policy identity holds, and what is left loads in peft."""
+    config = AutoConfig.from_pretrained(wide_model)
+    config.num_labels = 1
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path / "judge")
+    AutoTokenizer.from_pretrained(wide_model).save_pretrained(tmp_path / "judge")
+    small = {"quantize": "nf4", "lora": {"r": 4}, "optim": {"lr": 0.01}}
+    sources = [*ppo_values["reward"]["sources"], {"name": "judge", "kind": "model", "model": str(tmp_path / "judge")}]
+    values = ppo_values | {
+        "policy": small | {"model": str(wide_model)},
+        "value": small,
+        "reward": {"sources": sources, "quantize": "nf4"},
+    }
+    root = rlhf_dist_ppo(values, "run.steps=3")
+    lines = [line for line in read_metrics(root / "metrics.jsonl") if "loss/value_avg" in line]
+    assert len(lines) == 3 and lines[-1]["loss/value_avg"] < lines[0]["loss/value_avg"]
+    assert all(line["policy/approxkl_avg"] > 0 for line in lines)
+    base = AutoModelForCausalLM.from_pretrained(wide_model)
+    adapted = PeftModel.from_pretrained(base, str(root / "export" / "policy" / "adapter"))
+    assert any(parameter.any() for name, parameter in adapted.named_parameters() if "lora_B" in name)
+    assert (root / "export" / "value" / "adapter").is_dir() is (root / "export" / "value").is_dir()
+
+
+def test_a_reference_in_4_bits_is_another_model_than_the_policy(
+    rlhf_dist_ppo: Callable[..., Path], ppo_values: Values, wide_model: Path
+) -> None:
+    """So the KL at step 0 is not 0: the sampled tokens are less likely under the rounded weights."""
+    root = rlhf_dist_ppo(ppo_values | {"policy": {"model": str(wide_model)}, "reference": {"quantize": "nf4"}}, "run.steps=1")
+    assert read_metrics(root / "metrics.jsonl")[-1]["objective/kl"] > 0.01
 
 
 # --- the command line and the config

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -160,12 +159,13 @@ def test_ppo_takes_it_as_reward_and_as_value_model(
     assert step["rewards/liked_truncated"] == 0.0 and math.isfinite(step["objective/scores"])
 
 
-def refused(run: Run, capsys: pytest.CaptureFixture[str], message: str, *overrides: str, **given: Any) -> None:
+def refusal(run: Run, capsys: pytest.CaptureFixture[str], *overrides: str, **given: Any) -> str:
+    """The one message that a run ends with, and status 2."""
     with pytest.raises(SystemExit) as ended:
         run(*overrides, **given)
     error = capsys.readouterr().err
     assert ended.value.code == 2 and error.count("error: ") == 1 and "Traceback" not in error
-    assert re.search(message, error), error
+    return error
 
 
 FAULTS = {
@@ -187,7 +187,7 @@ EVERY_FAULT = {reason: (GOOD, row) for reason, row in FAULTS.items()} | OTHER_FA
 def test_a_faulty_row_stops_with_its_place_or_is_dropped_and_counted(run: Run, capsys: pytest.CaptureFixture[str], reason: str) -> None:
     good, bad = EVERY_FAULT[reason]
     rows = [*good, bad]
-    refused(run, capsys, rf"rows.jsonl:{len(rows)}", rows=rows)
+    assert f"rows.jsonl:{len(rows)}\n" in refusal(run, capsys, rows=rows)
     folder = run("data.faults=drop", "training.max_steps=1", rows=rows)
     assert summary_of(folder)["rows"][f"dropped: {reason}"] == 1 and no_nan(folder)
     assert f"dropped: {reason}" in capsys.readouterr().out
@@ -198,7 +198,8 @@ LONG = {"prompt": "w1 " * 5000, "chosen": " w1", "rejected": " w2 w3"}
 
 def test_a_dialogue_that_exceeds_the_context(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [*GOOD, LONG]
-    refused(run, capsys, "rows.jsonl:121.*|the row has 5004 tokens, the limit is 128", "data.max_tokens=128", rows=rows)
+    error = refusal(run, capsys, "data.max_tokens=128", rows=rows)
+    assert "the row has 5004 tokens, the limit is 128" in error and "rows.jsonl:121" in error
     for policy, fate in (
         ("drop", "dropped: longer than data.max_tokens"),
         ("truncate", "cut: prompts shortened at the front to data.max_tokens"),
@@ -210,7 +211,7 @@ def test_a_dialogue_that_exceeds_the_context(run: Run, capsys: pytest.CaptureFix
 
 def test_a_file_of_two_layouts_stops_whatever_the_policy(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     for policy in ("error", "drop"):
-        refused(run, capsys, "rows.jsonl:21", f"data.faults={policy}", rows=[*LABELS, RANKINGS[0]])
+        assert "rows.jsonl:21" in refusal(run, capsys, f"data.faults={policy}", rows=[*LABELS, RANKINGS[0]])
 
 
 CHAT = [{"messages": [{"role": "user", "content": "w1"}], "chosen": " w1", "rejected": " w2"}] * 3
@@ -235,4 +236,4 @@ PACKED = gzip.compress(lines(GOOD))
 def test_bad_input_ends_with_status_2_and_one_message(
     run: Run, capsys: pytest.CaptureFixture[str], rows: Any, name: str, overrides: tuple[str, ...], message: str
 ) -> None:
-    refused(run, capsys, message, *overrides, rows=rows, name=name)
+    assert message in refusal(run, capsys, *overrides, rows=rows, name=name)

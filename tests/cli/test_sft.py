@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_dist.cli.main import main
@@ -107,6 +109,29 @@ def test_adapters_and_steps_within_an_epoch(run: Run) -> None:
     assert lines[-1]["eval/loss"] < lines[0]["eval/loss"]
 
 
+@pytest.mark.parametrize("stage", [0, 3])
+def test_over_4_bits_it_learns_and_its_export_and_adapter_load(run: Run, wide_model: Path, tmp_path: Path, stage: int) -> None:
+    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    given = (f"model.model={wide_model}", "model.quantize=nf4", "model.lora={r: 4}", f"model.deepspeed={tmp_path / 'zero.json'}")
+    folder = run(*given, "training.max_steps=6")
+    lines = read_metrics(folder / "metrics.jsonl")
+    assert lines[-1]["eval/loss"] < 0.9 * lines[0]["eval/loss"]
+    export = folder / "export" / "model"
+    assert AutoModelForCausalLM.from_pretrained(export).dtype == torch.float32
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(wide_model), str(export / "adapter"))
+    assert adapted.peft_config["default"].base_model_name_or_path == str(wide_model)
+
+
+def test_an_adapter_is_a_model_to_start_from(run: Run, finished: Path, tiny_model: Path) -> None:
+    """Half a run with an adapter; the other half begins where it ended, with an adapter on the adapter."""
+    first = run("model.lora={r: 4}", "training.epochs=1")
+    second = run("model.lora={r: 2}", f"model.model={first / 'export' / 'model' / 'adapter'}", "training.epochs=1")
+    ended, began = (read_metrics(folder / "metrics.jsonl")[at]["eval/loss"] for folder, at in ((first, -1), (second, 0)))
+    assert began == pytest.approx(ended, rel=1e-4)
+    both = json.loads((second / "export" / "model" / "adapter" / "adapter_config.json").read_text())
+    assert both["base_model_name_or_path"] == str(tiny_model) and both["r"] == 6
+
+
 def test_long_rows_are_dropped_or_cut_and_counted(run: Run) -> None:
     for policy, key in (("drop", "dropped: longer than data.max_tokens"), ("truncate", "cut: longer than data.max_tokens")):
         folder = run("data.max_tokens=5", f"data.overlong={policy}", "training.max_steps=1") if policy == "truncate" else None
@@ -122,6 +147,7 @@ def test_long_rows_are_dropped_or_cut_and_counted(run: Run) -> None:
         (("model.model=/nowhere",), "no model folder"),
         (("data.max_tokens=5", "data.overlong=drop"), "no row is left to train on"),
         (("data.train=/nowhere.jsonl",), "nowhere.jsonl"),
+        (("model.quantize=nf4", "model.lora={}"), r"the layer model\.layers\.0\.self_attn\.q_proj has 32 inputs"),
     ],
 )
 def test_bad_input_ends_with_status_2(run: Run, capsys: pytest.CaptureFixture[str], overrides: tuple[str, ...], message: str) -> None:

@@ -15,7 +15,8 @@ GIVEN = ("data.train=a.jsonl", "model.model=m")
 
 def test_defaults_and_round_trip(tmp_path: Path) -> None:
     config = load_config(DPOConfig, None, GIVEN)
-    assert (config.run.name, config.reference.model, config.dpo.loss, config.dpo.beta, config.dpo.label_smoothing) == ("dpo", "", "sigmoid", 0.1, 0)
+    dpo = config.dpo
+    assert (config.run.name, config.reference.model, dpo.loss, dpo.beta, dpo.label_smoothing) == ("dpo", "", "sigmoid", 0.1, 0)
     path = tmp_path / "c.yaml"
     path.write_text(dump_config(config))
     assert load_config(DPOConfig, path) == config

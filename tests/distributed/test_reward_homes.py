@@ -24,7 +24,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, run_ranks: 
     root = tmp_path_factory.mktemp("reward_homes")
     words = [" ".join(f"w{(n * k + k) % 60}" for k in range(1, 2 + n * n % 9)) for n in range(60)]
     pairs = [
-        {"prompt": f"w{n}", "chosen": f" w1 {text}", "rejected": f" {text} w2", "weight": (1, 2, 0.5)[n % 3]} for n, text in enumerate(words)
+        {"prompt": f"w{n}", "chosen": f" w1 {text}", "rejected": f" {text} w2", "weight": (1, 2, 0.5)[n % 3]}
+        for n, text in enumerate(words)
     ]
     rankings = [{"prompt": f"w{n} w{n}", "answers": [f" w1 {words[n]}", " w3 w4", " w2"], "ranks": [1, 2, 3]} for n in range(20)]
     for name, rows in (("pairs", pairs), ("rankings", rankings)):

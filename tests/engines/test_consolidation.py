@@ -14,8 +14,9 @@ from rlhf_dist.engines.consolidation import consolidate, read_shards
 from rlhf_dist.models.saving import save_model
 
 PROGRAM = Path(__file__).parents[1] / "distributed" / "programs" / "adapters.py"
-CASES = [f"{kind}_fp32_zero{stage}" for kind in ("full", "lora", "qlora", "value") for stage in range(4)]
-CASES += ["full_bf16_zero2", "qlora_bf16_zero3"]
+STAGES = {"full": range(4), "qlora": range(4), "lora": (0, 2), "value": (0, 3)}
+CASES = [f"{kind}_fp32_zero{stage}" for kind, stages in STAGES.items() for stage in stages]
+HALF = ["full_bf16_zero2", "qlora_bf16_zero3"]
 TOKENS = torch.arange(4, 12)[None]
 
 
@@ -30,7 +31,7 @@ def runs(run_ranks: Any, wide_model: Path, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES + HALF)
 def test_a_checkpoint_of_two_ranks_is_what_the_engine_exports(case: str, runs: Any) -> None:
     folder, _ = runs[2]
     want, got = torch.load(folder / f"{case}.pt"), consolidate(folder / case).weights
@@ -39,14 +40,13 @@ def test_a_checkpoint_of_two_ranks_is_what_the_engine_exports(case: str, runs: A
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("case", CASES[:16])
+@pytest.mark.parametrize("case", CASES)
 def test_two_ranks_at_any_stage_train_as_one_does(case: str, runs: Any) -> None:
     """Gradient norms of three steps, and the weights after them, against one rank at ZeRO 0."""
     first = f"{case[:-1]}0"
     (one, alone), (two, together) = runs[1], runs[2]
-    for norms in (together[case], alone[case]):
-        assert norms[0] == pytest.approx(alone[first][0], rel=1e-5)
-        assert norms == pytest.approx(alone[first], rel=1e-3)  # Adam's first steps turn rounding of small gradients into whole steps
+    assert together[case][0] == pytest.approx(alone[first][0], rel=1e-5)
+    assert together[case] == pytest.approx(alone[first], rel=1e-3)  # Adam's first steps turn rounding of small gradients into whole ones
     got, want = torch.load(two / f"{case}.pt"), torch.load(one / f"{first}.pt")
     assert all(torch.allclose(got[name], want[name], rtol=1e-3, atol=1e-3) for name in want)
 
@@ -80,7 +80,7 @@ def test_an_ordinary_checkpoint_is_found_by_its_latest_file(checkpoint: Any, run
     assert "--base" in caught.value.fix
     got, want = consolidate(folder, str(wide_model)).weights, torch.load(runs[2][0] / "full_fp32_zero3.pt")
     assert all(torch.equal(got[name], want[name]) for name in want)
-    adapters = checkpoint("lora_fp32_zero1")
+    adapters = checkpoint("lora_fp32_zero2")
     (adapters / "origin.json").unlink()
     with pytest.raises(UserError, match="adapters of another program"):
         consolidate(adapters, str(wide_model))

@@ -22,8 +22,9 @@ from rlhf_dist.contracts.tally import Tally
 from rlhf_dist.engines import deepspeed as module_under_test
 from rlhf_dist.engines.deepspeed import DeepSpeedEngine, Training
 from rlhf_dist.engines.process import Rank
-from rlhf_dist.models.lora import add_adapter
+from rlhf_dist.models.lora import add_adapter, named_weights
 from rlhf_dist.models.policy import PolicyModule
+from rlhf_dist.models.quantisation import quantise
 
 STAGES = (0, 1, 2, 3)
 DENOMINATOR = 7.0
@@ -309,17 +310,27 @@ def test_a_folder_without_a_checkpoint_is_named(stage: int, engine_of, tmp_path)
 # --- adapters ---------------------------------------------------------------------------------------------------------------------------
 
 
+def held_in(bits: int) -> LlamaForCausalLM:
+    if bits == 32:
+        return llama()
+    torch.manual_seed(0)
+    wide = LlamaForCausalLM(LlamaConfig(**(llama().config.to_dict() | {"hidden_size": 64, "intermediate_size": 64, "head_dim": 32}))).eval()
+    quantise(wide, torch.float32, "here")
+    return wide
+
+
+@pytest.mark.parametrize("bits", [32, 4])
 @pytest.mark.parametrize("stage", STAGES)
-def test_an_adapter_trains_alone_and_comes_off_between_steps(stage: int, engine_of) -> None:
+def test_an_adapter_trains_alone_and_comes_off_between_steps(stage: int, bits: int, engine_of) -> None:
     """Adapter off equals the base after every step; steps after that equal torch's own; the export is peft's merge."""
     optim = OptimSection(lr=0.02, schedule="constant", clip_norm=0)
     section = LoraSection(r=2, alpha=4.0)
-    engine = engine_of(stage, add_adapter(llama(), section, seed=1), optim)
-    twin = PolicyModule(add_adapter(llama(), section, seed=1))
+    engine = engine_of(stage, add_adapter(held_in(bits), section, seed=1), optim)
+    twin = PolicyModule(add_adapter(held_in(bits), section, seed=1))
     adamw = torch.optim.AdamW(
         [p for p in twin.parameters() if p.requires_grad], lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=0
     )
-    base = PolicyModule(llama())
+    base = PolicyModule(held_in(bits))
     want = base(**base.inputs(batch()))["logprobs_BT"]
     for seed in range(3):
         off = engine.forward([batch()], adapter=False)[0]["logprobs_BT"]
@@ -332,6 +343,35 @@ def test_an_adapter_trains_alone_and_comes_off_between_steps(stage: int, engine_
         adamw.zero_grad()
         assert step.grad_norm == pytest.approx(float(norm), rel=1e-4)
     assert not torch.allclose(engine.forward([batch()])[0]["logprobs_BT"], want, atol=1e-2)
-    got, merged = exported(engine), dict(twin.model.merge_and_unload().named_parameters())
+    got = exported(engine)
+    if bits == 32:
+        merged = dict(twin.model.merge_and_unload().named_parameters())
+    else:  # peft's merge would quantise the sum again
+        merged = {name: compute() for name, _, compute in named_weights(twin.model)}
     assert set(got) == set(merged)
     assert all(torch.allclose(got[name], merged[name], atol=1e-4) for name in merged)
+
+
+@pytest.mark.parametrize("bits", [32, 4])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_checkpoint_of_adapters_holds_them_alone_and_goes_on(stage: int, bits: int, engine_of, tmp_path) -> None:
+    """Frozen weights are those of the base model: a checkpoint without them is as exact, and as small as what is trained."""
+    optim, section = OptimSection(lr=0.02), LoraSection(r=2)
+
+    def step(engine: DeepSpeedEngine, seed: int) -> None:
+        engine.forward_backward([batch(seed)], objective, DENOMINATOR)
+        engine.optimizer_step()
+
+    engine = engine_of(stage, add_adapter(held_in(bits), section, seed=1), optim)
+    step(engine, 0)
+    engine.save(tmp_path / "checkpoint")
+    step(engine, 1)
+    other = engine_of(stage, add_adapter(held_in(bits), section, seed=2), optim)
+    other.load(tmp_path / "checkpoint")
+    step(other, 1)
+    got, want = exported(other), exported(engine)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    saved = torch.load(next((tmp_path / "checkpoint").glob("engine/*model_states.pt")), weights_only=False)
+    assert saved["module"] and all(".lora_" in name for name in saved["module"])
+    with pytest.raises(UserError, match="trains other weights"):
+        engine_of(stage, add_adapter(held_in(bits), LoraSection(r=2, target_modules=["q_proj"]), 1), optim).load(tmp_path / "checkpoint")

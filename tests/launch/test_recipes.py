@@ -65,7 +65,9 @@ def test_each_stage_of_a_pipeline_feeds_the_next(folder: str) -> None:
     stages = {path.stem: load_config(KINDS[path.name], path).model_dump() for path in (RECIPES / folder).glob("*.yaml")}
     exports = {f"{stage['run']['output_dir']}/{stage['run']['name']}/export/model" for stage in stages.values()}
     exports |= {f"{stage['run']['output_dir']}/task/model" for stage in stages.values()}
-    named = [text for stage in stages.values() for text in strings({k: v for k, v in stage.items() if k != "run"}) if text.startswith("runs/")]
+    named = [
+        text for stage in stages.values() for text in strings({k: v for k, v in stage.items() if k != "run"}) if text.startswith("runs/")
+    ]
     models = [text for text in named if "/task/" not in text or text.endswith("/model")]
     assert models and set(models) <= exports
     ppo = stages["ppo"]
@@ -121,7 +123,7 @@ def test_the_commands_of_its_page_are_valid() -> None:
         assert files and all((ROOT / file).is_file() for file in files), words
         if any(word.endswith(".yaml") for word in words):
             at = next(index for index, word in enumerate(words) if word.endswith(".yaml"))
-            load_config(PPOConfig, ROOT / words[at], words[at + 1 :])
+            load_config(KINDS[Path(words[at]).name], ROOT / words[at], words[at + 1 :])
 
 
 @pytest.fixture(scope="module")

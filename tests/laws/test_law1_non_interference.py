@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlhf_dist.algos.advantages import broadcast_to_tokens, gae
 from rlhf_dist.algos.dpo_objective import DPOObjective
+from rlhf_dist.algos.likelihood import nll_objective
 from rlhf_dist.algos.losses import PolicyClip, policy_loss, token_weights, value_loss
 from rlhf_dist.algos.masking import masked_mean, masked_sum
 from rlhf_dist.algos.objectives import PolicyObjective, ValueObjective
@@ -21,6 +22,7 @@ from rlhf_dist.algos.token_rewards import sequence_returns, token_rewards
 from rlhf_dist.algos.whitening import masked_moments, whiten
 from rlhf_dist.config.algorithm import AlgorithmSection
 from rlhf_dist.config.dpo import DPOSection
+from rlhf_dist.contracts.demonstrations import DemonstrationBatch
 from rlhf_dist.contracts.experience import ExperienceBatch
 from rlhf_dist.contracts.pairs import PairBatch
 from rlhf_dist.contracts.preferences import PreferenceBatch
@@ -89,6 +91,12 @@ def _value(config: AlgorithmSection) -> Case:
     return case
 
 
+def _likelihood(x: list[Tensor], mask: Tensor) -> Tensor:
+    batch = DemonstrationBatch(*list(vars(experience(x, mask)).values())[:5], torch.arange(1.0, len(mask) + 1))
+    loss, tally = nll_objective({"logprobs_BT": x[4]}, batch)
+    return _with_metrics(loss, tally.means())
+
+
 def _reward(ranking: Literal["plackett_luce", "all_pairs"]) -> Case:
     """Answers that do not exist point at texts with poisoned scores."""
 
@@ -130,6 +138,7 @@ def _chain(x: list[Tensor], mask: Tensor) -> Tensor:
 
 
 CASES: dict[str, Case] = {
+    "likelihood": _likelihood,
     "masked_sum": lambda x, mask: masked_sum(x[0], mask),
     "masked_mean": lambda x, mask: masked_mean(x[0], mask),
     "whiten": _whiten(False),

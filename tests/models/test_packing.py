@@ -186,6 +186,14 @@ def test_with_an_adapter_on_and_off(tiny_config: Callable[..., Any], padded: Any
         torch.testing.assert_close(found[batch.response_mask_BT], want[batch.response_mask_BT], rtol=1e-5, atol=2e-5)
 
 
+def test_flash_attention_is_given_one_row(tiny_config: Callable[..., Any], padded: Any) -> None:
+    """In several rows it would take every row for one sequence (transformers looks at the positions of a single row only)."""
+    module = PolicyModule(AutoModelForCausalLM.from_config(tiny_config("llama")).eval(), packing=True)
+    assert module.inputs(padded(NEIGHBOURS))["tokens"]["input_ids"].shape == (3, 8)
+    module.model.config._attn_implementation = "flash_attention_2"
+    assert module.inputs(padded(NEIGHBOURS))["tokens"]["input_ids"].shape == (1, 24)
+
+
 def test_a_response_without_a_prompt_is_refused(padded: Any) -> None:
     batch = padded([([1], [2, 3]), ([1], [4])])
     with pytest.raises(ValueError, match="without a prompt token"):
@@ -222,11 +230,15 @@ def test_wrong_positions_are_refused(model_of: Any, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_experts_that_compute_together_are_no_leak(dtype: torch.dtype) -> None:
+def test_experts_that_compute_together_are_no_leak(dtype: torch.dtype, padded: Any) -> None:
     """The sizes of the experts' products follow the neighbours' tokens, so bits may change, though nothing is seen."""
     torch.manual_seed(0)
     config = MixtralConfig(
         vocab_size=40, hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
         num_local_experts=8, max_position_embeddings=64, initializer_range=0.1,
     )  # fmt: skip
-    PolicyModule(AutoModelForCausalLM.from_config(config).eval().to(dtype), packing=True)
+    model = AutoModelForCausalLM.from_config(config).eval().to(dtype)
+    one, other, batch = PolicyModule(model), PolicyModule(model, packing=True), padded(NEIGHBOURS)
+    with torch.no_grad():
+        want, found = (module(**module.inputs(batch))["logprobs_BT"][batch.response_mask_BT] for module in (one, other))
+    torch.testing.assert_close(found, want, rtol=1e-5 if dtype == torch.float32 else 5e-2, atol=2e-5)

@@ -28,6 +28,14 @@ def test_only_errors_are_left(tiny_model: Path) -> None:
     assert (done.stdout, done.stderr) == ("", "")
 
 
+def test_what_a_cpu_lacks_is_not_said_while_modules_are_imported() -> None:
+    """bitsandbytes speaks where the CPU has AVX512-BF16, deepspeed where there is no GPU."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("DS_")} | {"PYTHONPATH": str(ROOT)}
+    code = "from rlhf_dist.models.quiet import quiet_libraries\nquiet_libraries()\nimport rlhf_dist.engines.consolidation"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
 def test_who_asks_for_notices_gets_them(monkeypatch: pytest.MonkeyPatch) -> None:
     silenced: list[str] = []
     for name in ("set_verbosity_error", "disable_progress_bar"):

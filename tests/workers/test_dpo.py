@@ -20,7 +20,11 @@ from rlhf_dist.config.errors import UserError
 from rlhf_dist.contracts.roles import UpdateRequest
 from rlhf_dist.data.pairs import PairRow
 from rlhf_dist.models.loading import load_tokenizer
+from rlhf_dist.runs.recorder import Recorder
+from rlhf_dist.training.dpo import ask_reference
+from rlhf_dist.training.supervised import Setting
 from rlhf_dist.workers.dpo import DPOWorker, build_dpo, dpo_rows
+from rlhf_dist.workers.spmd_group import SpmdGroup
 
 Configured = Callable[..., DPOConfig]
 
@@ -30,7 +34,12 @@ def pairs_file(tmp_path: Path) -> Path:
     """Ragged pairs, some with a weight."""
     path = tmp_path / "pairs.jsonl"
     rows = [
-        {"prompt": f"w{n} w{3 * n}", "chosen": f" w{n}" * (1 + n % 4), "rejected": f" w{n + 20}" * (1 + n % 3), "weight": (1, 2, 0.5)[n % 3]}
+        {
+            "prompt": f"w{n} w{3 * n}",
+            "chosen": f" w{n}" * (1 + n % 4),
+            "rejected": f" w{n + 20}" * (1 + n % 3),
+            "weight": (1, 2, 0.5)[n % 3],
+        }
         for n in range(12)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -189,6 +198,21 @@ def test_a_reference_that_is_not_finite_is_refused(dpo_config: Configured, plain
     with pytest.raises(UserError, match="not finite") as caught:
         worker.ask_reference("train", ((2, 3),))
     assert caught.value.where == "train rows [2, 3]"
+
+
+def test_bytes_through_the_loop_do_not_grow_with_tokens(dpo_config: Configured, plain_rank: Any, tmp_path: Path) -> None:
+    """Law 7: two numbers a row."""
+    seen = {}
+    for words in (1, 25):
+        path = tmp_path / f"{words}.jsonl"
+        rows = [{"prompt": f"w{n}", "chosen": f" w{n}" * words, "rejected": " w59" * words} for n in range(40)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        worker = build_dpo(dpo_config(data={"train": str(path)}), plain_rank)
+        group = SpmdGroup("model", worker, plain_rank)
+        ask_reference(Setting(group, worker.describe(), 8192, Recorder(None)))
+        assert all(row.reference for row in worker._rows.train)
+        seen[words] = group.bytes_received
+    assert seen[25] == seen[1] < 40 * 60
 
 
 def rows_of(tmp_path: Path, config: Configured, rows: list[dict[str, Any]], **options: Any) -> Any:

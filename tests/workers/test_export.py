@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from rlhf_dist.config.engines import LoraSection, PolicySection, ValueSection
@@ -74,6 +75,11 @@ def test_a_policy_loads_with_transformers_and_answers_as_it_did(
     assert not torch.allclose(first(**first.inputs(shard_of(ragged)))["logprobs_BT"], want, atol=1e-2), (
         "training should have moved the model"
     )
+    assert (folder / "adapter").is_dir() is lora
+    if lora:
+        alone = PolicyModule(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(path), str(folder / "adapter")).eval())
+        torch.testing.assert_close(alone(**alone.inputs(shard_of(ragged)))["logprobs_BT"].detach(), want, rtol=1e-5, atol=1e-5)
+        assert AutoTokenizer.from_pretrained(folder / "adapter")("w1 w2") == AutoTokenizer.from_pretrained(path)("w1 w2")
     assert loaded.config.use_cache is True and engine.module.model.config.use_cache is False
     assert loaded.config.architectures == AutoConfig.from_pretrained(path).architectures
     assert AutoTokenizer.from_pretrained(folder)("w1 w2")["input_ids"] == AutoTokenizer.from_pretrained(path)("w1 w2")["input_ids"]

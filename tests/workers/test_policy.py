@@ -228,3 +228,43 @@ def test_under_zero_3_in_bf16_the_sampler_holds_the_adapters_and_not_a_rounded_s
     assert torch.equal(copied[shard.response_mask_BT], worker.score(shard).payload.tensors["old_logprobs_BT"][shard.response_mask_BT])
     gaps = worker.ratio_check(shard, scored(worker, shard)).tally.means()
     assert gaps["sampler/mean"] < 0.02
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 3])
+def test_over_4_bits_it_samples_trains_syncs_and_keeps_its_reference(stage, dtype, worker_of, wide_model) -> None:
+    """Under ZeRO 3 the sampler's copy is quantised on its own and gets the adapters alone."""
+    policy = {"model": str(wide_model), "dtype": dtype, "quantize": "nf4", "lora": {"r": 4}, "optim": {"lr": 0.02}}
+    worker = worker_of(stage, {"policy": policy | {"deepspeed": worker_of(stage)._section.deepspeed}})
+    first = worker.generate(request()).payload
+    mask = first.response_mask_BT
+    before = worker.reference_score(first).payload.tensors["ref_logprobs_BT"][mask]
+    sums = [worker.sync_weights(0)]
+    for version in range(2):
+        shard = worker.generate(request(version=version, step=version)).payload
+        gaps = worker.ratio_check(shard, scored(worker, shard)).tally.means()
+        assert gaps["ratio/mean"] < (1e-5 if dtype == "fp32" else 5e-3) and gaps["sampler/mean"] < (1e-4 if dtype == "fp32" else 0.05)
+        assert train(worker, shard).step.grad_norm > 0
+        sums.append(worker.sync_weights(version + 1))
+    assert len(set(sums)) == 3
+    after = worker.score(first).payload.tensors["old_logprobs_BT"][mask]
+    assert not torch.allclose(after, before, atol=1e-2)
+    assert torch.allclose(worker.reference_score(first).payload.tensors["ref_logprobs_BT"][mask], before, atol=1e-6)
+    facts = worker.describe()
+    whole = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(wide_model).parameters())
+    assert facts["parameters"] == whole + facts["trained_parameters"]
+
+
+def test_over_4_bits_an_export_answers_as_the_policy_does(worker_of, wide_model, tmp_path) -> None:
+    policy = {"model": str(wide_model), "quantize": "nf4", "lora": {"r": 4}, "optim": {"lr": 0.02}}
+    worker = worker_of(0, {"policy": policy})
+    shard = worker.generate(request()).payload
+    train(worker, shard)
+    worker.export(str(tmp_path / "export"))
+    module = PolicyModule(AutoModelForCausalLM.from_pretrained(tmp_path / "export").eval())
+    with torch.no_grad():
+        got = module(**module.inputs(shard))["logprobs_BT"]
+    want, mask = worker.score(shard).payload.tensors["old_logprobs_BT"], shard.response_mask_BT
+    torch.testing.assert_close(got[mask], want[mask], rtol=1e-5, atol=1e-5)
+    again = worker_of(0, {"policy": {"model": str(tmp_path / "export" / "adapter"), "optim": {"lr": 0.02}}})
+    assert again.score(shard).payload.tensors["old_logprobs_BT"].isfinite().all()  # an adapter folder is a model

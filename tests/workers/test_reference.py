@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from rlhf_dist.models.policy import PolicyModule
 from rlhf_dist.workers.reference import ReferenceWorker
 
 
@@ -35,3 +36,18 @@ def test_bf16_is_the_references_own_choice(configured, plain_rank, shard_of, rag
     worker = ReferenceWorker(configured({"reference.dtype": "bf16"}), plain_rank)
     scores = worker.score(shard_of(ragged)).payload.tensors["ref_logprobs_BT"]
     assert scores.dtype == torch.float32 and torch.isfinite(scores).all()
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_in_4_bits_it_scores_as_its_dequantised_weights_do(stage, configured, zero, plain_rank, shard_of, ragged, wide_model) -> None:
+    changes = {"policy.model": str(wide_model), "reference.quantize": "nf4", "reference.deepspeed": zero(stage)}
+    shard = shard_of(ragged)
+    worker = ReferenceWorker(configured(changes), plain_rank)
+    scores = worker.score(shard).payload.tensors["ref_logprobs_BT"]
+    plain = AutoModelForCausalLM.from_pretrained(wide_model)
+    plain.load_state_dict({name: weight for bucket in worker._engine.export_weights() for name, weight in bucket.items()})
+    module = PolicyModule(plain.eval())
+    with torch.no_grad():
+        want = module(**module.inputs(shard))["logprobs_BT"]
+    mask = shard.response_mask_BT
+    torch.testing.assert_close(scores[mask], want[mask], rtol=1e-5, atol=1e-5)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.engines.process import Rank
@@ -98,3 +98,22 @@ def test_a_limit_beyond_the_models_context_is_refused(configured, classifier, pl
     changes = sources({"name": "quality", "kind": "model", "model": str(classifier), "max_tokens": 65})
     with pytest.raises(UserError, match="context is 64"):
         RewardWorker(configured(changes), plain_rank)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_reward_model_in_4_bits_scores_nearly_as_the_whole_one(
+    stage, configured, zero, plain_rank, shard_of, ragged, wide_model, tmp_path
+) -> None:
+    config = AutoConfig.from_pretrained(wide_model)
+    config.num_labels = 1
+    torch.manual_seed(4)
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path / "rm")
+    AutoTokenizer.from_pretrained(wide_model).save_pretrained(tmp_path / "rm")
+    shard = shard_of(ragged, completions=("w2",) * 7)
+    scores = []
+    for quantize in ("none", "nf4"):
+        changes = sources({"name": "quality", "kind": "model", "model": str(tmp_path / "rm")})
+        worker = RewardWorker(configured(changes | {"reward.quantize": quantize, "reward.deepspeed": zero(stage)}), plain_rank)
+        scores.append(torch.tensor(worker.judge(shard).results[0].values))
+    gap = (scores[0] - scores[1]).std() / scores[0].std()
+    assert 0 < float(gap) < 0.7 and float(torch.corrcoef(torch.stack(scores))[0, 1]) > 0.7

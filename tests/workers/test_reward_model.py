@@ -1,4 +1,4 @@
-"""The reward model's worker on a real engine: scores by row, budgets kept, exports that anybody loads, and PPO's inputs read as they are."""
+"""The reward model's worker on a real engine: scores by row, budgets kept, exports that anybody loads."""
 
 from __future__ import annotations
 

@@ -67,7 +67,10 @@ def test_no_prompt_stands_on_both_sides(read: Read) -> None:
     assert len(rows.train) + len(rows.evaluation) == 60 and not train & held_out and len(train | held_out) == 30
 
 
-SHORT, LONG = {"prompt": "w1 w2 w3", "chosen": " w1", "rejected": " w2"}, {"prompt": "w1 w2 w3", "chosen": " w1 w2 w3 w4", "rejected": " w5"}
+SHORT, LONG = (
+    {"prompt": "w1 w2 w3", "chosen": " w1", "rejected": " w2"},
+    {"prompt": "w1 w2 w3", "chosen": " w1 w2 w3 w4", "rejected": " w5"},
+)
 DROPS = {
     "chosen equals rejected": GOOD[0] | {"rejected": GOOD[0]["chosen"]},
     "empty completion": GOOD[0] | {"chosen": "  "},

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
 from rlhf_dist.contracts.experience import merge_pieces
@@ -56,3 +57,31 @@ def test_the_value_loss_is_clipped_around_the_old_values(configured, plain_rank,
     far = shard.replace(values_BT=torch.full(shard.response_mask_BT.shape, -1.0), returns_BT=torch.ones(shard.response_mask_BT.shape))
     worker.load_experience([far], Moments())
     assert worker.update(UpdateRequest((tuple(range(7)),), 20.0)).tally.means()["val/clipfrac_avg"] == 1.0
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+@pytest.mark.parametrize("stage", [0, 3])
+def test_adapters_and_the_head_learn_the_returns(
+    stage, quantize, configured, zero, plain_rank, shard_of, ragged, wide_model, tmp_path
+) -> None:
+    """The export answers as the worker does, and peft loads the adapter with its head."""
+    optim = {"lr": 0.02, "schedule": "constant"}
+    given = {"model": str(wide_model), "lora": {"r": 4}, "quantize": quantize, "deepspeed": zero(stage), "optim": optim}
+    worker = ValueWorker(configured({"value": given}), plain_rank)
+    shard = shard_of(ragged)
+    returns = torch.ones(shard.response_mask_BT.shape)
+    losses = []
+    for _ in range(10):
+        worker.load_experience([values_of(worker, shard).replace(returns_BT=returns)], Moments())
+        losses.append(worker.update(UpdateRequest((tuple(range(7)),), 22.0)).tally.means()["loss/value_avg"])
+    assert losses[0] == pytest.approx(0.5) and losses[-1] < 0.1
+    want = values_of(worker, shard).bootstrap_value_B
+    worker.export(str(tmp_path / "value"))
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "value")
+    models = [merged]
+    if quantize == "none":
+        base = AutoModelForSequenceClassification.from_pretrained(wide_model, num_labels=1)
+        models.append(PeftModel.from_pretrained(base, str(tmp_path / "value" / "adapter")))
+    for model in models:
+        got = torch.cat([model.eval()(input_ids=torch.tensor([prompt + response])).logits[0] for prompt, response in ragged])
+        torch.testing.assert_close(got.detach(), want, rtol=1e-5, atol=1e-5)

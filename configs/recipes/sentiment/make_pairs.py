@@ -46,9 +46,7 @@ def sample(model: str, prompts: Sequence[str], count: int, key: SamplingKey) -> 
     engine = NativeEngine(load_causal_lm(EngineSection(), model), slots=SLOTS)
     encoded = [tuple(tokenizer(prompt)["input_ids"]) for prompt in prompts]
     rows = [
-        RolloutRow(tokens, stable_hash(prompt), number)
-        for prompt, tokens in zip(prompts, encoded, strict=True)
-        for number in range(count)
+        RolloutRow(tokens, stable_hash(prompt), number) for prompt, tokens in zip(prompts, encoded, strict=True) for number in range(count)
     ]
     params = SamplingParams(NEW_TOKENS, stop_tokens=stop_tokens(model, tokenizer))
     completions, _ = engine.generate(rows, params, key)

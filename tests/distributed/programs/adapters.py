@@ -1,5 +1,7 @@
 """One rank: full, LoRA and QLoRA training of a policy and a value model over the ZeRO stages; saves checkpoints, rank 0 the exports.
 
+One rank alone trains at ZeRO 0: what the others are held against.
+
 usage: adapters.py MODEL OUT    prints {case: gradient norms}; writes OUT/<case>/ (checkpoint) and OUT/<case>.pt (exported weights)
 """
 
@@ -22,8 +24,9 @@ from rlhf_dist.models.lora import add_adapter
 from rlhf_dist.models.policy import PolicyModule
 from rlhf_dist.models.value import ValueModule
 
-CASES = [(kind, "fp32", stage) for kind in ("full", "lora", "qlora", "value") for stage in range(4)]
-CASES += [("full", "bf16", 2), ("qlora", "bf16", 3)]
+STAGES = {"full": range(4), "qlora": range(4), "lora": (0, 2), "value": (0, 3)}
+CASES = [(kind, "fp32", stage) for kind, stages in STAGES.items() for stage in stages]
+HALF = [("full", "bf16", 2), ("qlora", "bf16", 3)]
 ROWS = 6
 
 
@@ -56,7 +59,7 @@ def main() -> None:
         int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), 0, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     )
     norms = {}
-    for kind, dtype, stage in CASES:
+    for kind, dtype, stage in CASES + HALF if rank.world_size > 1 else [case for case in CASES if case[2] == 0]:
         case = f"{kind}_{dtype}_zero{stage}"
         path = out / f"zero{stage}_rank{rank.rank}.json"
         path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
