@@ -126,7 +126,7 @@ def _merged(folder: Path, state: Mapping[str, Tensor], origin: Origin) -> Whole:
         for name, place in places.items():
             place.copy_(given[name])
     model.config = config
-    return Whole(model, {name: compute().clone() for name, _, compute in named_weights(adapted)}, origin.base)
+    return Whole(model, {name: compute().cpu().clone() for name, _, compute in named_weights(adapted)}, origin.base)
 
 
 def _add_rows(model: Any, rows: int) -> None:

@@ -170,7 +170,7 @@ class DeepSpeedEngine:
         self.module.eval()
 
     def close(self) -> None:
-        """Frees the weights; no other verb may follow. Safe to call twice.
+        """Frees the weights and the optimiser's buckets; no other verb may follow. Safe to call twice.
 
         Under ZeRO 3 DeepSpeed remembers every module that it ever sharded, so it is not enough to let go of the engine.
         """
@@ -178,6 +178,8 @@ class DeepSpeedEngine:
             for held in (parameter, getattr(parameter, "ds_tensor", None)):
                 if held is not None:
                     held.data = held.data.new_empty(0)
+        if self._engine is not None:
+            self._engine.destroy()
         self._engine = self.module = None
         gc.collect()
         if self.device.type == "cuda":

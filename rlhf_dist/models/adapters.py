@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
+from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -24,10 +25,13 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _PART = re.compile(r"^(?P<layer>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.weight)?$")
-_OTHER_KINDS = (
-    "use_dora", "use_qalora", "use_bdlora", "lora_bias", "layer_replication", "alora_invocation_tokens", "trainable_token_indices",
-    "target_parameters", "arrow_config", "monteclora_config", "velora_config", "kasa_config",
-)  # fmt: skip
+_UNDERSTOOD = {
+    "peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout", "fan_in_fan_out", "bias", "init_lora_weights",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "ensure_weight_tying",
+    "megatron_config", "megatron_core", "corda_config", "eva_config", "loftq_config", "lora_ga_config", "runtime_config",
+}  # fmt: skip
+"""Settings that are read here, or that say which layers were adapted (the tensors' names say so too) or how training began and went."""
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 """Ways to start an adapter that leave the base as it is; the others (PiSSA, OLoRA …) belong to a changed base."""
 
@@ -206,7 +210,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     merge = "merge it with peft (merge_and_unload), save the merged model and give that folder"
     if config["peft_type"] != "LORA":
         raise UserError(f"the adapter is of the kind {config['peft_type']}; only LoRA is read", where=str(path), fix=merge)
-    other = [name for name in _OTHER_KINDS if config.get(name)]
+    usual = LoraConfig().to_dict()  # of what this peft does not know, only nothing is usual
+    other = [name for name, value in config.items() if name not in _UNDERSTOOD and value and value != usual.get(name)]
     if config.get("init_lora_weights", True) not in _PLAIN_STARTS:
         other.append(f"init_lora_weights={config['init_lora_weights']}")
     if other:

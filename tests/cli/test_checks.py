@@ -179,7 +179,7 @@ def test_a_layer_that_cannot_be_quantised_is_named_with_its_role(ppo_values: dic
 
 
 def test_on_a_gpu_any_width_can_be_quantised(ppo_values: dict[str, Any]) -> None:
-    check(ppo_values, reference={"quantize": "nf4", "gpus_per_rank": 0.5})
+    assert check(ppo_values, reference={"quantize": "nf4", "gpus_per_rank": 0.5})
 
 
 def test_a_real_model_whose_layers_are_odd(ppo_values: dict[str, Any], shared: Path) -> None:
@@ -207,7 +207,7 @@ def test_an_adapter_made_for_another_base_model_is_found_before_a_process_starts
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": str(wide_model)}))
     with pytest.raises(
-        UserError, match="the adapter was made for another base model: its model.layers.0.self_attn.q_proj.lora_A"
+        UserError, match=r"the adapter was made for another base model: its model\.layers\.0\.self_attn\.q_proj\.lora_A"
     ) as caught:
         check(ppo_values, policy={"model": str(tmp_path)})
     assert caught.value.where.startswith("policy: ")

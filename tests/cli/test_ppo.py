@@ -211,7 +211,7 @@ def test_a_model_that_is_no_causal_lm(
 
 def test_a_reward_model_that_is_no_classifier(refused: Callable[..., str], nothing_ran: Callable[[], bool], tiny_model: Path) -> None:
     error = refused(reward={"sources": [{"name": "taste", "kind": "model", "model": str(tiny_model)}]})
-    assert "the reward model is not a trained sequence classifier" in error and "score.weight" in error
+    assert "this is not a trained sequence classifier" in error and "score.weight" in error
     assert nothing_ran()
 
 

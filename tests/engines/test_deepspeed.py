@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def objective(outputs: Outputs, microbatch: SequenceBatch) -> tuple[Tensor, Tall
 
 
 @pytest.fixture
-def engine_of(plain_rank: Rank, tmp_path: Path) -> Callable[..., DeepSpeedEngine]:
+def engine_of(plain_rank: Rank, tmp_path: Path) -> Iterator[Callable[..., DeepSpeedEngine]]:
     """`engine_of(stage, model, optim, dtype)`; without optim an engine that only runs forward."""
 
     def make(stage: int, model: nn.Module | None = None, optim: OptimSection | None = None, dtype: str = "fp32") -> DeepSpeedEngine:
@@ -70,9 +70,14 @@ def engine_of(plain_rank: Rank, tmp_path: Path) -> Callable[..., DeepSpeedEngine
         clip = optim.clip_norm if optim else 0.0
         config = resolve_deepspeed(str(path), dtype=dtype, clip_norm=clip, trains=optim is not None)  # type: ignore[arg-type]
         training = Training(optim, total_steps=5) if optim else None
-        return DeepSpeedEngine(PolicyModule(model or llama()), config, plain_rank, training)
+        made.append(DeepSpeedEngine(PolicyModule(model or llama()), config, plain_rank, training))
+        return made[-1]
 
-    return make
+    made: list[DeepSpeedEngine] = []
+    yield make
+    for engine in made:
+        if engine.stage == 3:  # each would keep gigabytes of address space for its bucket, until no process can be started any more
+            engine.close()
 
 
 def exported(engine: DeepSpeedEngine) -> dict[str, Tensor]:
@@ -319,8 +324,7 @@ def held_in(bits: int) -> LlamaForCausalLM:
     return wide
 
 
-@pytest.mark.parametrize("bits", [32, 4])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("stage", "bits"), [*((stage, 32) for stage in STAGES), (0, 4), (3, 4)])
 def test_an_adapter_trains_alone_and_comes_off_between_steps(stage: int, bits: int, engine_of) -> None:
     """Adapter off equals the base after every step; steps after that equal torch's own; the export is peft's merge."""
     optim = OptimSection(lr=0.02, schedule="constant", clip_norm=0)
@@ -352,8 +356,7 @@ def test_an_adapter_trains_alone_and_comes_off_between_steps(stage: int, bits: i
     assert all(torch.allclose(got[name], merged[name], atol=1e-4) for name in merged)
 
 
-@pytest.mark.parametrize("bits", [32, 4])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("stage", "bits"), [(0, 32), (0, 4), (2, 4), (3, 4)])
 def test_a_checkpoint_of_adapters_holds_them_alone_and_goes_on(stage: int, bits: int, engine_of, tmp_path) -> None:
     """Frozen weights are those of the base model: a checkpoint without them is as exact, and as small as what is trained."""
     optim, section = OptimSection(lr=0.02), LoraSection(r=2)

@@ -195,7 +195,10 @@ def other(base: Path, **changes: Any) -> None:
     [
         ({"num_hidden_layers": 1}, r"it adapts model\.layers\.1\.mlp\.down_proj, and this model has no such layer"),
         ({"intermediate_size": 128}, r"its model\.layers\.0\.mlp\.down_proj\.lora_A\.weight is made for size 64, this model has 128"),
-        ({"hidden_size": 64, "head_dim": 8}, r"its model\.layers\.0\.mlp\.down_proj\.lora_B\.weight is made for size 32, this model has 64"),
+        (
+            {"hidden_size": 64, "head_dim": 8},
+            r"its model\.layers\.0\.mlp\.down_proj\.lora_B\.weight is made for size 32, this model has 64",
+        ),
     ],
 )
 def test_another_base_model_is_named_with_the_first_layer(changes: Any, said: str, base: Path, tmp_path: Path) -> None:
@@ -249,6 +252,7 @@ def _cut(folder: Path) -> None:
         (lambda folder: (folder / CONFIG).write_text("{}"), "no configuration of a peft adapter"),
         (lambda folder: edited(folder / CONFIG, use_dora=True), "the adapter uses use_dora, which is more than LoRA"),
         (lambda folder: edited(folder / CONFIG, init_lora_weights="pissa"), "uses init_lora_weights=pissa"),
+        (lambda folder: edited(folder / CONFIG, what_a_later_peft_adds=2), "uses what_a_later_peft_adds"),
     ],
 )
 def test_a_broken_adapter_is_refused_with_its_cause(broken: Any, said: str, base: Path, tmp_path: Path) -> None:

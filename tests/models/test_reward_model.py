@@ -69,8 +69,8 @@ def test_a_word_that_serves_as_pad_gives_way(tmp_path: Path) -> None:
 def test_the_head_starts_small_and_from_its_seed(tiny_model: Path) -> None:
     heads = [load_reward_model(SECTION, str(tiny_model), 0, seed).score.weight for seed in (0, 0, 1)]  # type: ignore[union-attr]
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
-    wide = torch.cat([load_reward_model(SECTION, str(tiny_model), 0, seed).score.weight for seed in range(40)])  # type: ignore[union-attr]
-    assert float(wide.std()) == pytest.approx(1 / math.sqrt(33), rel=0.06)
+    wide = torch.cat([load_reward_model(SECTION, str(tiny_model), 0, seed).score.weight for seed in range(20)])  # type: ignore[union-attr]
+    assert float(wide.std()) == pytest.approx(1 / math.sqrt(33), rel=0.09)
     bf16: Any = load_reward_model(EngineSection(dtype="bf16"), str(tiny_model), 0, 0)
     assert torch.equal(bf16.score.weight, heads[0].bfloat16())
 

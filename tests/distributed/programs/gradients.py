@@ -1,5 +1,5 @@
-"""One rank: gradients of the policy, value and DPO losses of one batch, over ZeRO stages × numbers of microbatches, rows padded or packed
-(not the value's); rank 0 saves them.
+"""One rank: gradients of the policy, value, DPO and reward-model losses of one batch, over ZeRO stages × numbers of microbatches, rows
+padded or packed (the policy's and DPO's); rank 0 saves them.
 
 usage: gradients.py MODEL OUT.pt
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from deepspeed.utils import safe_get_full_grad
+from reward_gradients import reward_gradients
 
 from rlhf_dist.algos.dpo_objective import DPOObjective
 from rlhf_dist.algos.objectives import PolicyObjective, ValueObjective
@@ -118,6 +119,8 @@ def main() -> None:
                     key = f"{loss} zero{stage} world{rank.world_size} microbatches{count}"
                     found[key] = torch.cat([g.double().flatten() for g in gradient])
                     metrics[key] = norm
+    for key, gradient, norm in reward_gradients(model, scratch, rank):
+        found[key], metrics[key] = gradient, norm
     if rank.rank == 0:
         torch.save(found, out)
     stop_process_group()

@@ -1,12 +1,8 @@
-"""One rank: gradients of the reward model's loss of one batch, over ZeRO stages × numbers of microbatches; rank 0 saves them.
-
-usage: reward_gradients.py MODEL OUT.pt
-"""
+"""Gradients of the reward model's loss of one batch, over ZeRO stages × numbers of microbatches: a part of gradients.py."""
 
 import dataclasses
 import json
-import os
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +18,7 @@ from rlhf_dist.data.answer_batches import collate_answers
 from rlhf_dist.data.answers import AnswersRow
 from rlhf_dist.data.token_rows import TokenRow
 from rlhf_dist.engines.deepspeed import DeepSpeedEngine, Training
-from rlhf_dist.engines.process import Rank, start_process_group, stop_process_group
+from rlhf_dist.engines.process import Rank
 from rlhf_dist.models.reward_model import RewardModelModule, load_reward_model
 
 KINDS = [{}, {"margin": 0.7}, {"label_probability": 0.8}, {"weight": 2.5}, {}, {"label_probability": 0.5}, {"weight": 0.3}]
@@ -55,29 +51,15 @@ def engine(model: str, stage: int, folder: Path, rank: Rank) -> DeepSpeedEngine:
     return DeepSpeedEngine(RewardModelModule(load_reward_model(EngineSection(), model, 0, 1)), config, rank, training)
 
 
-def main() -> None:
-    model, out = sys.argv[1], Path(sys.argv[2])
-    place = os.environ
-    rank = start_process_group(int(place["RANK"]), int(place["WORLD_SIZE"]), 0, place["MASTER_ADDR"], int(place["MASTER_PORT"]))
-    scratch = out.parent / f"reward_rank{rank.rank}of{rank.world_size}"
-    scratch.mkdir()
+def reward_gradients(model: str, scratch: Path, rank: Rank) -> Iterator[tuple[str, torch.Tensor, float]]:
+    """Key, gradient and reported norm of every stage and split."""
     objective = RewardObjective("all_pairs", margins=True, centring=0.05)
-    found, metrics = {}, {}
     for stage in range(4):
         made = engine(model, stage, scratch, rank)
         every = rows(made.module.model.config.vocab_size)
         mine, weight = every[rank.rank :: rank.world_size], sum(row.weight for row in every)
-        for count in (1, 3, 5):
+        for count in (1, 2, 3, 4):
             parts = [poisoned(collate_answers(mine[number::count])) for number in range(count) if mine[number::count]]
             made.forward_backward(parts, objective, weight)
-            gradient = [safe_get_full_grad(p) for p in made.module.parameters()]
-            key = f"zero{stage} world{rank.world_size} microbatches{count}"
-            found[key] = torch.cat([g.double().flatten() for g in gradient])
-            metrics[key] = made.optimizer_step().grad_norm
-    if rank.rank == 0:
-        torch.save(found, out)
-    stop_process_group()
-    print(json.dumps(metrics))
-
-
-main()
+            gradient = torch.cat([safe_get_full_grad(p).double().flatten() for p in made.module.parameters()])
+            yield f"reward zero{stage} world{rank.world_size} microbatches{count}", gradient, made.optimizer_step().grad_norm
