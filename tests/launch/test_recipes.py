@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from rlhf_dist.config.engines import EngineSection
 from rlhf_dist.config.dpo import DPOConfig
+from rlhf_dist.config.engines import EngineSection
 from rlhf_dist.config.loading import load_config
 from rlhf_dist.config.ppo import PPOConfig
 from rlhf_dist.config.reward_model import RewardModelConfig
