@@ -15,14 +15,13 @@ from rlhf_dist.config.errors import UserError
 from rlhf_dist.contracts.supervised import PairLogprobs, RowFacts, Side
 from rlhf_dist.data.answers import AnswersEncoder, AnswersRow
 from rlhf_dist.data.pairs import PairRow, collate_pairs, pair_of, sequences
-from rlhf_dist.engines.deepspeed import DeepSpeedEngine, Training
+from rlhf_dist.engines.deepspeed import DeepSpeedEngine
 from rlhf_dist.engines.process import Rank
 from rlhf_dist.models.loading import load_causal_lm, load_tokenizer, stop_tokens
-from rlhf_dist.models.lora import add_adapter
 from rlhf_dist.models.policy import PolicyModule
 from rlhf_dist.workers.rows import preference_rows
 from rlhf_dist.workers.supervised import Rows, SupervisedWorker
-from rlhf_dist.workers.training import build_engine, prepare_checkpointing, seeded
+from rlhf_dist.workers.training import build_engine, build_policy, seeded
 
 
 class DPOWorker(SupervisedWorker):
@@ -82,11 +81,7 @@ def build_dpo(config: DPOConfig, rank: Rank) -> DPOWorker:
     section = config.model
     tokenizer = load_tokenizer(section.model, trust_remote_code=section.trust_remote_code)
     rows = dpo_rows(config, tokenizer)
-    model = load_causal_lm(section, section.model)
-    if section.lora is not None:
-        model = add_adapter(model, section.lora, config.run.seed)
-    training = Training(section.optim, config.training.total_steps(len(rows.train)))
-    engine = build_engine(PolicyModule(prepare_checkpointing(model, section), packing=section.packing), section, rank, training)
+    engine = build_policy(section, config.run.seed, rank, config.training.total_steps(len(rows.train)))
     reference = _reference(section, config.reference.model, rank) if config.reference.model else None
     return DPOWorker(engine, DPOObjective(config.dpo), rows, tokenizer, reference)
 

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.nn as nn
-
 from rlhf_dist.algos.objectives import PolicyObjective
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.config.ppo import PPOConfig
@@ -30,16 +28,15 @@ from rlhf_dist.contracts.tally import Tally
 from rlhf_dist.data.prompts import PromptRecord, PromptStream
 from rlhf_dist.engines.deepspeed import Training
 from rlhf_dist.engines.process import Rank
-from rlhf_dist.models.loading import load_causal_lm, load_tokenizer, stop_tokens
+from rlhf_dist.models.loading import load_tokenizer, stop_tokens
 from rlhf_dist.models.logprobs import HeadOptions
-from rlhf_dist.models.lora import add_adapter
 from rlhf_dist.models.policy import PolicyModule
 from rlhf_dist.runs.rollout_log import write_rollouts
 from rlhf_dist.workers.estimation import Estimator, on_policy_gaps, token_kl
 from rlhf_dist.workers.export import export_model
 from rlhf_dist.workers.sampling import Sampler
 from rlhf_dist.workers.scoring import rows_of_rank, score_rows
-from rlhf_dist.workers.training import Trainer, build_engine, optimizer_steps, parameter_counts, prepare_checkpointing, seeded
+from rlhf_dist.workers.training import Trainer, build_engine, load_policy, optimizer_steps, parameter_counts, prepare_checkpointing, seeded
 from rlhf_dist.workers.weight_sync import checksum, copy_weights, trained_weights_of, weights_of
 
 
@@ -57,7 +54,7 @@ class PolicyWorker:
         self._stop_tokens = stop_tokens(section.model, self._tokenizer, trust_remote_code=section.trust_remote_code)
         training = Training(section.optim, optimizer_steps(config, idle=config.value.warmup_steps if config.needs_value else 0))
         self._engine = build_engine(_module(config), section, rank, training)
-        self._copy = _copy(config).to(rank.device) if self._engine.stage == 3 else None
+        self._copy = load_policy(config.policy, config.run.seed).to(rank.device) if self._engine.stage == 3 else None
         sampled = self._engine.module.model if self._copy is None else self._copy
         self._sampler = Sampler(sampled, self._tokenizer, config.rollout, self._stop_tokens, config.run.seed)
         self._trainer = Trainer(self._engine, PolicyObjective(config.algorithm), whitens=config.algorithm.whitens_advantages)
@@ -174,15 +171,8 @@ class PolicyWorker:
         return self._eval_prompts[start : start + count]
 
 
-def _copy(config: PPOConfig) -> nn.Module:
-    """The policy's model, whole, with an adapter where it has one."""
-    section = config.policy
-    model: nn.Module = load_causal_lm(section, section.model)
-    return model if section.lora is None else add_adapter(model, section.lora, config.run.seed)
-
-
 def _module(config: PPOConfig) -> PolicyModule:
-    section, model = config.policy, _copy(config)
+    section, model = config.policy, load_policy(config.policy, config.run.seed)
     options = HeadOptions(config.rollout.temperature, entropy_grad=config.algorithm.entropy_coef > 0)
     return PolicyModule(prepare_checkpointing(model, section), options, packing=section.packing)
 

@@ -11,14 +11,11 @@ from rlhf_dist.config.supervised import RowsSection
 from rlhf_dist.data.demonstrations import DemonstrationReader
 from rlhf_dist.data.layouts import Demonstration
 from rlhf_dist.data.token_rows import DemonstrationEncoder, TokenRow, collate_demonstrations, too_long
-from rlhf_dist.engines.deepspeed import Training
 from rlhf_dist.engines.process import Rank
-from rlhf_dist.models.loading import load_causal_lm, load_tokenizer, stop_tokens
-from rlhf_dist.models.lora import add_adapter
-from rlhf_dist.models.policy import PolicyModule
+from rlhf_dist.models.loading import load_tokenizer, stop_tokens
 from rlhf_dist.workers.rows import read_rows
 from rlhf_dist.workers.supervised import Rows, SupervisedWorker
-from rlhf_dist.workers.training import build_engine, prepare_checkpointing, seeded
+from rlhf_dist.workers.training import build_policy, seeded
 
 
 def build_sft(config: SFTConfig, rank: Rank) -> SupervisedWorker:
@@ -27,11 +24,7 @@ def build_sft(config: SFTConfig, rank: Rank) -> SupervisedWorker:
     section = config.model
     tokenizer = load_tokenizer(section.model, trust_remote_code=section.trust_remote_code)
     rows = sft_rows(config, tokenizer)
-    model = load_causal_lm(section, section.model)
-    if section.lora is not None:
-        model = add_adapter(model, section.lora, config.run.seed)
-    training = Training(section.optim, config.training.total_steps(len(rows.train)))
-    engine = build_engine(PolicyModule(prepare_checkpointing(model, section), packing=section.packing), section, rank, training)
+    engine = build_policy(section, config.run.seed, rank, config.training.total_steps(len(rows.train)))
     return SupervisedWorker(engine, nll_objective, rows, collate_demonstrations, tokenizer)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from rlhf_dist.algos.whitening import whiten
 from rlhf_dist.config.deepspeed import resolve_deepspeed
-from rlhf_dist.config.engines import EngineSection, TrainedSection
+from rlhf_dist.config.engines import EngineSection, PolicySection, TrainedSection
 from rlhf_dist.config.ppo import PPOConfig
 from rlhf_dist.contracts.engine import Engine, Objective
 from rlhf_dist.contracts.experience import ExperienceBatch
@@ -18,6 +18,9 @@ from rlhf_dist.contracts.moments import Moments
 from rlhf_dist.contracts.roles import UpdateInfo, UpdateRequest
 from rlhf_dist.engines.deepspeed import DeepSpeedEngine, Training
 from rlhf_dist.engines.process import Rank
+from rlhf_dist.models.loading import load_causal_lm
+from rlhf_dist.models.lora import add_adapter
+from rlhf_dist.models.policy import PolicyModule
 
 
 class Trainer:
@@ -57,6 +60,18 @@ def build_engine(module: Any, section: EngineSection, rank: Rank, training: Trai
     clip = training.optim.clip_norm if training else 0.0
     config = resolve_deepspeed(section.deepspeed, dtype=section.dtype, clip_norm=clip, trains=training is not None)
     return DeepSpeedEngine(module, config, rank, training)
+
+
+def load_policy(section: PolicySection, seed: int) -> torch.nn.Module:
+    """The causal LM of a section, with a new adapter where it trains one."""
+    model = load_causal_lm(section, section.model)
+    return model if section.lora is None else add_adapter(model, section.lora, seed)
+
+
+def build_policy(section: PolicySection, seed: int, rank: Rank, steps: int) -> DeepSpeedEngine:
+    """A trained engine of it, for a supervised stage of so many optimizer steps."""
+    model = prepare_checkpointing(load_policy(section, seed), section)
+    return build_engine(PolicyModule(model, packing=section.packing), section, rank, Training(section.optim, steps))
 
 
 def optimizer_steps(config: PPOConfig, idle: int = 0) -> int:
