@@ -1,12 +1,13 @@
 """Token-budget cuts: every row once, no microbatch over budget, the order of rows irrelevant to the shapes."""
 
+import itertools
 import random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_dist.data.microbatches import token_budget_cuts
+from rlhf_dist.data.microbatches import START_TOKENS, token_budget_cuts
 
 LENGTHS = st.lists(st.integers(0, 60), max_size=40)
 
@@ -26,11 +27,39 @@ def test_rows_come_longest_first(lengths: list[int], budget: int) -> None:
     assert order == sorted(lengths, reverse=True)
 
 
-@given(LENGTHS, st.integers(1, 200))
-def test_no_neighbouring_row_was_left_out_that_would_have_fitted(lengths: list[int], budget: int) -> None:
-    cuts = token_budget_cuts(lengths, budget)
-    for cut in cuts[:-1]:
-        assert (len(cut) + 1) * lengths[cut[0]] > budget
+def cost(sizes: list[int], falling: list[int], budget: int) -> float:
+    """Padded tokens and starts of a cut of rows that stand longest first; infinite where one exceeds the budget."""
+    total, begin = 0, 0
+    for size in sizes:
+        tokens = size * falling[begin]
+        if size > 1 and tokens > budget:
+            return float("inf")
+        total, begin = total + tokens + START_TOKENS, begin + size
+    return total
+
+
+@given(st.lists(st.integers(0, 600), min_size=1, max_size=8), st.integers(1, 2000))
+def test_no_other_cut_costs_less(lengths: list[int], budget: int) -> None:
+    falling = sorted(lengths, reverse=True)
+    every = [[]] if not falling else []
+    for joints in itertools.product([False, True], repeat=len(falling) - 1):
+        sizes = [1]
+        for joined in joints:
+            if joined:
+                sizes[-1] += 1
+            else:
+                sizes.append(1)
+        every.append(sizes)
+    least = min(cost(sizes, falling, budget) for sizes in every)
+    assert cost([len(cut) for cut in token_budget_cuts(lengths, budget)], falling, budget) == least
+
+
+def test_ragged_rows_are_not_padded_to_the_longest() -> None:
+    """One budget would hold them all: 32 rows of 8 to 256 tokens, 8192 padded, 4224 real."""
+    lengths = list(range(8, 264, 8))
+    cuts = token_budget_cuts(lengths, 8192)
+    padded = sum(len(cut) * lengths[cut[0]] for cut in cuts)
+    assert 3 <= len(cuts) <= 12 and padded < 1.2 * sum(lengths)
 
 
 @given(LENGTHS, st.integers(1, 200), st.randoms(use_true_random=False))
@@ -53,7 +82,6 @@ def test_packed_rows_count_their_tokens_alone(lengths: list[int], budget: int) -
         held = sum(lengths[row] for row in cut)
         assert len(cut) == 1 or held <= budget
         assert number + 1 == len(cuts) or held + lengths[cuts[number + 1][0]] > budget, "no room was left for the next"
-    assert len(cuts) <= len(token_budget_cuts(lengths, budget))
 
 
 def test_an_example_by_hand() -> None:
