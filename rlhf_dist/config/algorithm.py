@@ -40,6 +40,11 @@ class AlgorithmSection(Section):
     truncated: Literal["terminal", "bootstrap"] = Field(
         "terminal", description="a completion cut by the limit: paid and terminal, or bootstrapped"
     )
+    old_logprobs: Literal["recompute", "sampler"] = Field(
+        "recompute",
+        description="old log-probs by a forward of the trainer, or as the sampler saw them: one forward less; the first minibatch of every "
+        "step then measures how far the two are apart, and a run in which that is more than rounding stops",
+    )
     target_kl_step: float | None = Field(None, gt=0, description="end the update when k2(new, old) exceeds 1.5 × this")
     baseline_momentum: float = Field(0.9, ge=0, lt=1, description="running-mean baseline of `reinforce`")
     kl: KlSection = Field(default_factory=KlSection)

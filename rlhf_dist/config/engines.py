@@ -28,7 +28,7 @@ class EngineSection(Section):
     ranks: int = Field(1, ge=1, description="processes the engine is sharded over (the deepspeed launcher decides itself)")
     cpus_per_rank: float = Field(1.0, gt=0, description="CPUs Ray reserves for each rank")
     gpus_per_rank: float = Field(0.0, ge=0, description="GPUs Ray reserves for each rank; a fraction colocates engines")
-    microbatch_tokens: int = Field(8192, ge=1, description="padded tokens in one forward; a longer sequence travels alone")
+    microbatch_tokens: int = Field(8192, ge=1, description="most tokens in one forward, padding included; a longer sequence travels alone")
     trust_remote_code: bool = Field(False, description="run code shipped inside the model folder")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="attention kernel of transformers")
     quantize: Literal["none", "nf4"] = Field(

@@ -58,6 +58,7 @@ class PPOCoordinator:
         self.held_out = HeldOutRecord()
         self.clock, self.evaluation_clock = Clock(), Clock()
         self.last_kl: float | None = None
+        self._sampled = config.algorithm.old_logprobs == "sampler"
         self._held_out_prompts = 0
 
     def run(self) -> dict[str, Any]:
@@ -78,7 +79,7 @@ class PPOCoordinator:
         with self._phase(clock, step, "generate"):  # 1. sample: every rank its shards, fixed before it begins
             shards = generate(self.groups.policy, self._batch(step), self.state.policy_version, rollout.shards_per_rank)
         with self._phase(clock, step, "score"):  # 2. old log-probs, reference, values and rewards, of each shard as soon as it is there
-            score(self.groups, shards, with_value=True)
+            score(self.groups, shards, with_value=True, with_policy=not self._sampled)
         with self._phase(clock, step, "generate"):
             clock.tokens = collect_rollouts(self.groups.policy, shards)
         with self._phase(clock, step, "score"):
@@ -88,7 +89,7 @@ class PPOCoordinator:
             experience = self._estimate(shards, judged)
         with self._phase(clock, step, "train"):  # 4. epochs of minibatches, policy and value side by side
             report = self.updater.update(step, experience)
-            check_first_minibatch(report.first, self.config.policy.dtype, step)
+            check_first_minibatch(report.first, self.config.policy.dtype, step, sampled=self._sampled)
         with self._phase(clock, step, "sync"):  # 5. the sampler gets the new weights, if there are any
             self._sync_weights(self.state.policy_version + (report.policy_steps > 0))
         with self._phase(clock, step, "record"):  # 6. every sample to Parquet; then the state moves on, and the step is shown

@@ -21,6 +21,7 @@ CAUSES = {
     "ratio": "padding reaches attention or positions, dropout is on, or a kernel depends on the batch",
     "sampler": "the sampler has other weights, another temperature or other positions than the trainer, "
     "or its cache does not fit this architecture",
+    "sampled": "the sampler's log-probs are not near enough to the trainer's to be the old ones: set algorithm.old_logprobs=recompute",
     "reference": "reference and policy are loaded differently (attention kernel, remote code), the folder changed while the run started, "
     "or an adapter does not start as the identity",
 }
@@ -92,13 +93,14 @@ def check_gaps(seen: dict[str, float], dtype: str, *, same_reference: bool) -> N
             raise _breach(name, f"{found} in {dtype}", "preflight (law 3, on-policy identity)")
 
 
-def check_first_minibatch(first: dict[str, float], dtype: str, step: int) -> None:
+def check_first_minibatch(first: dict[str, float], dtype: str, step: int, *, sampled: bool = False) -> None:
     """Ratio 1 and clip fraction 0 in the first minibatch of the first epoch.
 
     Args:
         first: metrics of the policy's first minibatch; empty where the step trained the value model alone.
         dtype: the policy's precision.
         step: from 0.
+        sampled: the old log-probs are the sampler's, so that the ratio is also the gap between sampler and trainer.
 
     Raises:
         UserError: a breach.
@@ -115,7 +117,8 @@ def check_first_minibatch(first: dict[str, float], dtype: str, step: int) -> Non
         {"mean |ρ − 1|": limit.ratio[0], "largest |ρ − 1|": limit.ratio[1], "clip fraction": limit.clipped},
     )
     if found:
-        raise _breach("ratio", f"{found} in {dtype}", f"step {step + 1}, first minibatch (law 3, on-policy identity)")
+        where = f"step {step + 1}, first minibatch (law 3, on-policy identity)"
+        raise _breach("sampled" if sampled else "ratio", f"{found} in {dtype}", where)
 
 
 def _beyond(seen: Mapping[str, float], allowed: Mapping[str, float]) -> str:
@@ -134,6 +137,7 @@ def _breach(name: str, seen: str, where: str) -> UserError:
     titles = {
         "ratio": "the policy disagrees with itself",
         "sampler": "sampler and trainer disagree",
+        "sampled": "sampler and trainer disagree",
         "reference": "KL to the reference is not 0 at step 0",
     }
     return UserError(f"{titles[name]}: {seen}", where=where, fix=f"likely causes: {CAUSES[name]}")

@@ -80,8 +80,12 @@ def generate(policy: WorkerGroup, batch: Batch, version: int, shards_per_rank: i
     return [Shard(rounds[number][rank]) for rank in range(policy.world_size) for number in range(shards_per_rank)]
 
 
-def score(groups: Groups, shards: Sequence[Shard], *, with_value: bool) -> None:
-    """Asks all engines to score each shard; each begins as soon as the shard is there and the engine is free. Does not wait."""
+def score(groups: Groups, shards: Sequence[Shard], *, with_value: bool, with_policy: bool = True) -> None:
+    """Asks all engines to score each shard; each begins as soon as the shard is there and the engine is free. Does not wait.
+
+    Args:
+        with_value: also ask the value model. with_policy: also recompute the policy's own log-probs.
+    """
     for shard in shards:
         given = (shard.rollouts,)
         if groups.reference is not None:
@@ -90,7 +94,8 @@ def score(groups: Groups, shards: Sequence[Shard], *, with_value: bool) -> None:
             shard.pieces += _everyone(groups.value, ScoringRole.score, given)
         shard.judged += _everyone(groups.reward, RewardRole.judge, given)
     for shard in shards:  # the policy is busy generating until the last shard is done
-        shard.pieces += _everyone(groups.policy, ScoringRole.score, (shard.rollouts,))
+        if with_policy:
+            shard.pieces += _everyone(groups.policy, ScoringRole.score, (shard.rollouts,))
         if groups.reference is None:
             shard.pieces += _everyone(groups.policy, PolicyRole.reference_score, (shard.rollouts,))
 

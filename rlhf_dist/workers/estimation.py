@@ -38,6 +38,7 @@ class Estimator:
         self._gamma, self._lam = config.gamma, config.lam
         self._bootstraps = config.truncated == "bootstrap"
         self._group_size = samples_per_prompt
+        self._recomputed = config.old_logprobs == "recompute"
 
     def __call__(
         self, request: EstimateRequest, shard: ExperienceBatch, pieces: Sequence[Piece]
@@ -54,7 +55,7 @@ class Estimator:
             kl=tuple(scored.kl_BT.double().sum(1).tolist()),
             advantages=masked_moments(advantages_BT, batch.response_mask_BT),
             token_rewards=token_moments,
-            tally=experience_metrics(scored, request.kl_coef),
+            tally=experience_metrics(scored, request.kl_coef, recomputed=self._recomputed),
             seconds=time.perf_counter() - began,
         )
         return Stored(batch, info)
@@ -83,8 +84,11 @@ class Estimator:
         return reinforce(returns_B, baseline)
 
 
-def experience_metrics(scored: Scored, kl_coef: float) -> Tally:
-    """The `objective/*` and `val/*` metrics of a shard, as exact sums."""
+def experience_metrics(scored: Scored, kl_coef: float, *, recomputed: bool = True) -> Tally:
+    """The `objective/*` and `val/*` metrics of a shard, as exact sums.
+
+    recomputed: whether the old log-probs are the trainer's own; where they are the sampler's, there is no gap to measure here.
+    """
     batch, mask_BT = scored.batch, scored.batch.response_mask_BT
     assert batch.old_logprobs_BT is not None
     tally = Tally()
@@ -95,6 +99,8 @@ def experience_metrics(scored: Scored, kl_coef: float) -> Tally:
     tally.add("objective/non_score_reward", float(penalty.sum()), rows)
     tally.add("objective/rlhf_reward", float((penalty + scored.score_B.double()).sum()), rows)
     tally.add("val/response_length", float(batch.response_lengths_B.sum()), rows)
+    if not recomputed:
+        return tally
     gap_BT = rollout_gap(batch)
     tally.add("val/rollout_logprob_gap", float(gap_BT.sum()), float(mask_BT.sum()))
     if bool(mask_BT.any()):

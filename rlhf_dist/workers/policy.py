@@ -63,6 +63,7 @@ class PolicyWorker:
         self._eval_prompts, self._eval_fates = _held_out(config, self._tokenizer)
         self._step_start, self._step_prompts = -1, list[PromptRecord]()
         self._version = -1
+        self._keeps_sampled_logprobs = config.algorithm.old_logprobs == "sampler"
 
     def describe(self) -> dict[str, Any]:
         """Facts about model and data."""
@@ -92,6 +93,9 @@ class PolicyWorker:
         prompts = read(request.step_start, request.start - request.step_start + request.count)
         ahead = request.start - request.step_start
         answer = self._sampler.sample(request, prompts[:ahead], prompts[ahead:])
+        if self._keeps_sampled_logprobs:
+            payload = answer.payload.replace(old_logprobs_BT=answer.payload.rollout_logprobs_BT)
+            answer = dataclasses.replace(answer, payload=payload)
         mine = prompts[ahead:]
         dropped, truncated = sum(p.skipped for p in mine), sum(p.truncated for p in mine)
         return Stored(answer.payload, dataclasses.replace(answer.info, dropped_prompts=dropped, truncated_prompts=truncated))

@@ -118,6 +118,20 @@ def test_the_first_step_is_on_policy(base: Path) -> None:
     assert first["val/rollout_logprob_gap_max"] <= 1e-4
 
 
+def test_the_samplers_log_probs_may_be_the_old_ones(ppo_values: dict[str, Any], rlhf_dist_ppo: Callable[..., Path]) -> None:
+    """One forward less, the same run up to rounding, and the gap is seen in the first ratio instead of being reported as 0."""
+    lines = {
+        how: read_metrics(
+            rlhf_dist_ppo(ppo_values | {"run": ppo_values["run"] | {"name": how}}, f"algorithm.old_logprobs={how}") / "metrics.jsonl"
+        )
+        for how in ("recompute", "sampler")
+    }
+    for one, other in zip(lines["recompute"][1:], lines["sampler"][1:], strict=True):
+        assert one["objective/kl"] == pytest.approx(other["objective/kl"], abs=1e-4)
+        assert one["loss/policy_avg"] == pytest.approx(other["loss/policy_avg"], abs=1e-4)
+        assert "val/rollout_logprob_gap" in one and "val/rollout_logprob_gap" not in other
+
+
 def test_tensorboard_has_the_same_numbers(base: Path) -> None:
     events = EventAccumulator(str(base / "tensorboard")).Reload()
     for line in read_metrics(base / "metrics.jsonl")[1:]:

@@ -163,6 +163,12 @@ def test_the_first_minibatch_must_have_ratio_one() -> None:
         check_first_minibatch(half | {"policy/clipfrac_avg": 2e-3}, "fp16", 0)
 
 
+def test_with_the_samplers_log_probs_the_remedy_is_to_recompute_them() -> None:
+    with pytest.raises(UserError, match="sampler and trainer disagree") as error:
+        check_first_minibatch(FIRST | {"val/ratio_mean_deviation": 0.2}, "fp32", 4, sampled=True)
+    assert "algorithm.old_logprobs=recompute" in error.value.fix
+
+
 def test_a_step_of_the_value_model_alone_has_no_ratio() -> None:
     report: dict[str, float] = {}
     assert check_first_minibatch(report, "fp32", 0) is None  # type: ignore[func-returns-value]
