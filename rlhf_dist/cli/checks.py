@@ -126,24 +126,27 @@ def check_context(role: str, path: str, max_tokens: int, *, trust_remote_code: b
         )
 
 
-def check_vocabulary(role: str, path: str, tokenizer: PreTrainedTokenizerBase, *, trust_remote_code: bool) -> None:
-    """Reference and value model read the policy's token ids.
+def check_vocabulary(role: str, path: str, tokenizer: PreTrainedTokenizerBase, *, trust_remote_code: bool, trained: str = "policy") -> None:
+    """A model beside the trained one (reference, value model) reads its token ids.
+
+    Args:
+        role: as the config names it. path: the model. tokenizer: of the trained model. trained: section of the trained model.
 
     Raises:
         UserError: no such model, or one that knows fewer tokens, or other ones.
     """
     model = load_config(path, trust_remote_code=trust_remote_code)
-    fix = f"give a {role} model that was trained with the policy's tokenizer"
-    if model.get_text_config().vocab_size < len(tokenizer):
-        known = model.get_text_config().vocab_size
+    where, fix = f"{role}.model", f"give a {role} model that was trained with the tokenizer of {trained}.model"
+    known = model.get_text_config().vocab_size
+    if known < len(tokenizer):
         raise UserError(
-            f"the {role} model knows {known} tokens, the policy's tokenizer has {len(tokenizer)}", where=f"{role}.model", fix=fix
+            f"the {role} model knows {known} tokens, the tokenizer of {trained}.model has {len(tokenizer)}", where=where, fix=fix
         )
     if any((Path(tokenizer_folder(path)) / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         own = load_tokenizer(path, trust_remote_code=trust_remote_code)
         theirs, ours = ({number: token for token, number in each.get_vocab().items()} for each in (own, tokenizer))
         if any(theirs[number] != ours[number] for number in theirs.keys() & ours.keys()):  # one of them may have added a pad, say
-            raise UserError(f"the {role} model has another vocabulary than the policy", where=f"{role}.model", fix=fix)
+            raise UserError(f"the {role} model has another vocabulary than {trained}.model", where=where, fix=fix)
 
 
 def _check_rewards(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from typing import Any
 
 from rlhf_dist.cli.checks import check_context, check_engine, check_quantisation, check_vocabulary
@@ -14,6 +15,7 @@ from rlhf_dist.data.layouts import PreferencePair
 from rlhf_dist.data.preferences import PreferenceReader
 from rlhf_dist.data.reading import ReadOptions
 from rlhf_dist.models.loading import load_tokenizer, stop_tokens
+from rlhf_dist.workers.rows import refusals
 
 
 def check_dpo(config: DPOConfig) -> dict[str, Any]:
@@ -30,7 +32,7 @@ def check_dpo(config: DPOConfig) -> dict[str, Any]:
     if reference:
         check_context("reference", reference, config.data.max_tokens, trust_remote_code=trust)
         check_quantisation("reference", section, reference)
-        check_vocabulary("reference", reference, tokenizer, trust_remote_code=trust)
+        check_vocabulary("reference", reference, tokenizer, trust_remote_code=trust, trained="model")
     encoder = AnswersEncoder(tokenizer, stop_tokens(section.model, tokenizer, trust_remote_code=trust))
     return {"pairs looked at": _check_pairs(config.data, encoder)}
 
@@ -42,7 +44,8 @@ def _check_pairs(section: RowsSection, encoder: AnswersEncoder) -> int:
         for pair in itertools.islice(PreferenceReader([path], ReadOptions(section.faults), rankings="pairs"), CHECK_ROWS):
             assert isinstance(pair, PreferencePair)
             where = pair.origin.where
-            rows = [encoder.encode(pair.prompt, text, where=where) for text in (pair.chosen, pair.rejected)]
-            fitted(rows, section.max_tokens, section.overlong, where, encoder.bos)
             looked_at += 1
+            with refusals(section.faults, Counter()):
+                rows = [encoder.encode(pair.prompt, text, where=where) for text in (pair.chosen, pair.rejected)]
+                fitted(rows, section.max_tokens, section.overlong, where, encoder.bos)
     return looked_at

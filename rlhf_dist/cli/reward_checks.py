@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ from rlhf_dist.data.preferences import PreferenceReader
 from rlhf_dist.data.reading import ReadOptions
 from rlhf_dist.models.loading import load_tokenizer, stop_tokens
 from rlhf_dist.models.reward_model import has_head, separate_pad
-from rlhf_dist.workers.rows import spells_pad
+from rlhf_dist.workers.rows import refusals, spells_pad
 
 
 def check_reward_model(config: RewardModelConfig) -> dict[str, Any]:
@@ -49,10 +50,11 @@ def _rows(config: RewardModelConfig) -> Iterator[None]:
     for path in [*data.train, *data.eval]:
         for record in itertools.islice(PreferenceReader([path], ReadOptions(data.faults)), CHECK_ROWS):
             where = record.origin.where
-            rows = [encoder.encode(record.prompt, text, where=where) for text in _answers(record)]
-            if data.faults == "error" and any(pad in row.tokens for row in rows):
-                raise spells_pad(where)
-            fitted(rows, data.max_tokens, data.overlong, where, encoder.bos)
+            with refusals(data.faults, Counter()):
+                rows = [encoder.encode(record.prompt, text, where=where) for text in _answers(record)]
+                if data.faults == "error" and any(pad in row.tokens for row in rows):
+                    raise spells_pad(where)
+                fitted(rows, data.max_tokens, data.overlong, where, encoder.bos)
             yield
 
 

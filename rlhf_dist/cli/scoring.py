@@ -148,12 +148,15 @@ def progress() -> Iterator[Callable[[int], None]]:
 
 def _encoded(model: RewardModel, job: Job, outcome: Outcome) -> Iterator[tuple[dict[str, Any], Any, tuple[TokenRow, ...]]]:
     from rlhf_dist.data.validation import accepted, require_layout, typed_rows
+    from rlhf_dist.workers.rows import refusals
 
     for typed, record in accepted(typed_rows(str(job.data)), outcome.counts, job.config.data.faults):
         require_layout(typed, job.reader.wanted, job.reader.what, job.fix)
         known: Any = record
-        rows, fate = model.encode(known.prompt, answers_of(known), record.origin.where)
-        outcome.fates.update([fate] if fate else [])
+        rows: tuple[TokenRow, ...] = ()
+        with refusals(job.config.data.faults, outcome.fates):
+            rows, fate = model.encode(known.prompt, answers_of(known), record.origin.where)
+            outcome.fates.update([fate] if fate else [])
         if rows:
             yield typed.row, record, rows
 

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_dist.config.errors import UserError
-from rlhf_dist.data.chat import render_messages
-from rlhf_dist.data.layouts import Message, Prompt
+from rlhf_dist.data.chat import checked_chat, render_answered
+from rlhf_dist.data.layouts import Prompt
 from rlhf_dist.data.token_rows import DemonstrationEncoder, TokenRow, too_long
 
 Overlong = Literal["error", "drop", "truncate"]
@@ -54,42 +52,22 @@ class AnswersEncoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_tokens: Collection[int]) -> None:
-        eos: Any = tokenizer.eos_token_id
-        self._tokenizer, self._stops = tokenizer, frozenset(stop_tokens)
+        self._tokenizer = tokenizer
         self.bos: int | None = tokenizer.bos_token_id  # type: ignore[assignment]
-        self._stop: int | None = eos if eos is not None else min(stop_tokens, default=None)
-        self._texts = DemonstrationEncoder(tokenizer, self._stop, "completion")
+        self._texts = DemonstrationEncoder(tokenizer, stop_tokens, "completion")
 
     def encode(self, prompt: Prompt, answer: str, *, where: str) -> TokenRow:
         """One answer, however long.
 
         Raises:
-            UserError: a dialogue without a chat template, or with one that refuses it or renders earlier turns anew.
+            RefusedChat: a dialogue that the chat template refuses.
+            UserError: a dialogue without a chat template, with a broken one, or with one that hides where the answer begins.
         """
         if isinstance(prompt, str):
             return self._texts.text(prompt, answer)
-        return self._dialogue(list(prompt), answer, where)
-
-    def _dialogue(self, turns: list[Message], answer: str, where: str) -> TokenRow:
-        before = render_messages(turns, self._tokenizer, where=where)
-        try:
-            whole = str(self._tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": answer}], tokenize=False))
-        except (jinja2.TemplateError, ValueError, TypeError) as error:
-            fix = "order roles as the model expects them"
-            raise UserError(f"the chat template refuses the answer: {error}", where=where, fix=fix) from None
-        if not whole.startswith(before):
-            fix = "use a chat template that only appends"
-            raise UserError("the chat template renders earlier turns anew, so the answer cannot be told apart", where=where, fix=fix)
-        return self._ended(self._texts.spans(whole, [(len(before), len(whole))], special=False))
-
-    def _ended(self, row: TokenRow) -> TokenRow:
-        """With a stop token at the end, as a rollout: templates put white space behind it, or leave it out."""
-        stops = np.flatnonzero(np.isin(row.tokens, list(self._stops)) & row.trained)
-        if len(stops) and not str(self._tokenizer.decode(row.tokens[stops[-1] + 1 :].tolist())).strip():
-            return row.cut(int(stops[-1]) + 1)
-        if self._stop is None:
-            return row
-        return TokenRow(np.append(row.tokens, np.int32(self._stop)), np.append(row.trained, True))
+        message = {"role": "assistant", "content": answer}
+        whole, start = render_answered(checked_chat(list(prompt), where), message, self._tokenizer, where=where)
+        return self._texts.ended(self._texts.spans(whole, [(start, len(whole))], special=False))
 
 
 def fitted(rows: Sequence[TokenRow], limit: int, overlong: Overlong, where: str, bos: int | None) -> tuple[tuple[TokenRow, ...], str]:

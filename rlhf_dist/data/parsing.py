@@ -207,6 +207,8 @@ def _dialogue(turns: tuple[Message, ...], fields: _Fields, origin: Origin) -> De
     before, completion = _final(turns, "the dialogue")
     if not before:
         raise RowFault("empty prompt", "the dialogue has no turn before the assistant's")
+    if before[-1]["role"] == "user" and not before[-1]["content"].strip():
+        raise RowFault("empty prompt", "the user's last turn is empty")
     return Demonstration(before, completion, origin, turns, fields.weight)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_dist.data.chat import render_messages
+from rlhf_dist.data.chat import render
 from rlhf_dist.data.files import place
 from rlhf_dist.data.layouts import Demonstration, PreferencePair, Ranking, Record
 from rlhf_dist.data.records import stable_hash
@@ -188,7 +188,7 @@ class _Collector:
 
     def _measure_tokens(self, record: Record, answers: dict[str, tuple[str, ...]], tokenizer: PreTrainedTokenizerBase) -> None:
         chat = not isinstance(record.prompt, str)
-        text = render_messages(list(record.prompt), tokenizer, where=record.origin.where) if chat else record.prompt
+        text = record.prompt if isinstance(record.prompt, str) else render(record.prompt, tokenizer, where=record.origin.where, ask=True)
         prompt = len(tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"])
         tokens = {
             part: [len(tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"]) for answer in texts]

@@ -2,11 +2,13 @@
 
 Text and its boundary: prompt and completion are tokenised *together*, as they will stand, and a token is trained on when it reaches
 beyond the prompt. (Tokenised apart, SentencePiece puts a space in front of the completion that is not in the data.)
+
+Every row ends as a rollout ends: with a stop token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -18,8 +20,8 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.contracts.demonstrations import DemonstrationBatch
 from rlhf_dist.contracts.experience import SequenceBatch
-from rlhf_dist.data.chat import render_messages
-from rlhf_dist.data.layouts import Demonstration
+from rlhf_dist.data.chat import render, render_answered
+from rlhf_dist.data.layouts import Demonstration, Message
 
 LossOn = Literal["completion", "all"]
 
@@ -50,25 +52,30 @@ class DemonstrationEncoder:
 
     Args:
         tokenizer: of the model; a fast one, because character offsets tell where the prompt ends.
-        stop_token: put behind a text completion, so that the model learns to end; None where there is none.
+        stop_tokens: ids that end a completion, beside the tokenizer's eos. A row that ends with none of them is given one (eos, or else the
+            lowest), so that the model learns to end; there may be none.
         loss_on: `completion` trains on every assistant turn of a dialogue and on the completion of a text; `all` on every token.
 
     Raises:
         UserError: a slow tokenizer.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_token: int | None, loss_on: LossOn) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_tokens: Collection[int], loss_on: LossOn) -> None:
         if not tokenizer.is_fast:
             raise UserError(
                 "the tokenizer has no character offsets", where="model", fix="save a fast tokenizer (tokenizer.json) beside the model"
             )
-        self._tokenizer, self._stop, self._all = tokenizer, stop_token, loss_on == "all"
+        eos: Any = tokenizer.eos_token_id
+        self._tokenizer, self._all = tokenizer, loss_on == "all"
+        self._stop: int | None = eos if eos is not None else min(stop_tokens, default=None)
+        self._stops = [*stop_tokens, *([] if eos is None else [eos])]
 
     def encode(self, record: Demonstration) -> TokenRow:
         """One row, however long, with the record's weight.
 
         Raises:
-            UserError: a dialogue without a chat template.
+            RefusedChat: a dialogue that the chat template refuses.
+            UserError: a dialogue without a chat template, with a broken one, or with one that hides what the assistant said.
         """
         return replace(self._dialogue(record) if record.turns else self._text(record), token_weight=record.weight)
 
@@ -77,28 +84,35 @@ class DemonstrationEncoder:
         return self.text(record.prompt, record.completion)
 
     def text(self, prompt: str, completion: str) -> TokenRow:
-        """Prompt and completion as one text, with the stop token behind it."""
-        row = self.spans(prompt + completion, [(len(prompt), len(prompt + completion))], special=True)
-        if self._stop is None or (len(row) and row.tokens[-1] == self._stop):
+        """Prompt and completion as one text, with a stop token at the end."""
+        return self.ended(self.spans(prompt + completion, [(len(prompt), len(prompt + completion))], special=True))
+
+    def ended(self, row: TokenRow) -> TokenRow:
+        """With a stop token at the end, as a rollout: templates put white space behind it, or leave it out."""
+        stops = np.flatnonzero(np.isin(row.tokens, self._stops) & row.trained)
+        if len(stops) and not str(self._tokenizer.decode(row.tokens[stops[-1] + 1 :].tolist())).strip():
+            return row.cut(int(stops[-1]) + 1)
+        if self._stop is None:
             return row
-        return TokenRow(np.append(row.tokens, np.int32(self._stop)), np.append(row.trained, True))
+        return replace(row, tokens=np.append(row.tokens, np.int32(self._stop)), trained=np.append(row.trained, True))
 
     def _dialogue(self, record: Demonstration) -> TokenRow:
-        """Assistant turns by their place in the rendered text: from where the template asks for an answer to where the turn ends."""
         turns, where = list(record.turns), record.origin.where
-        text = str(self._tokenizer.apply_chat_template(turns, tokenize=False))
+        text = render(turns, self._tokenizer, where=where, ask=False)
+        return self.ended(self.spans(text, [] if self._all else self._answers(turns, text, where), special=False))
+
+    def _answers(self, turns: list[Message], text: str, where: str) -> list[tuple[int, int]]:
+        """Assistant turns by their place in the rendered text: from where the template asks for an answer to where the turn ends."""
         spans = []
         for number, turn in enumerate(turns):
             if turn["role"] == "assistant":
-                before = render_messages(turns[:number], self._tokenizer, where=where)
-                through = str(self._tokenizer.apply_chat_template(turns[: number + 1], tokenize=False))
-                if not (text.startswith(before) and text.startswith(through)):
-                    fix = "use a template that only appends, or sft.loss_on=all"
-                    raise UserError(
-                        "the chat template renders earlier turns anew, so assistant turns cannot be told apart", where=where, fix=fix
-                    )
-                spans.append((len(before), len(through)))
-        return self.spans(text, spans, special=False)
+                alternative = ", or set sft.loss_on=all"
+                through, start = render_answered(turns[:number], turn, self._tokenizer, where=where, otherwise=alternative)
+                if not text.startswith(through):
+                    what = "the chat template renders earlier turns anew, so assistant turns before the last cannot be told apart"
+                    raise UserError(what, where=where, fix="set sft.loss_on=all, or give rows with one answer each")
+                spans.append((start, len(through)))
+        return spans
 
     def spans(self, text: str, spans: Sequence[tuple[int, int]], *, special: bool) -> TokenRow:
         """A text whose tokens in the given spans of characters are trained on; special: whether the tokenizer adds its own tokens."""

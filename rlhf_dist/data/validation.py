@@ -15,7 +15,7 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_dist.config.errors import UserError
-from rlhf_dist.data.chat import render_messages
+from rlhf_dist.data.chat import RefusedChat, render
 from rlhf_dist.data.faults import RowFault
 from rlhf_dist.data.files import Row, iter_rows_and_errors, place
 from rlhf_dist.data.layouts import LAYOUTS, TEXT_ROLES, Layout, Origin, Record, compatible, detect, has_mark, names_with
@@ -152,7 +152,7 @@ def faults(
     """Every fault of every file: rows in order, then the file's own, where it could not be read to the end.
 
     Args:
-        tokenizer: its chat template is tried on every chat; a tokenizer without one is a fault of the file.
+        tokenizer: its chat template is tried on every chat; one that is missing or broken is a fault of the file.
     """
     for path in files:
         try:
@@ -171,9 +171,7 @@ def _refused(record: Record | None, tokenizer: PreTrainedTokenizerBase | None) -
     if record is None or tokenizer is None or isinstance(record.prompt, str):
         return None
     try:
-        render_messages(list(record.prompt), tokenizer, where=record.origin.where)
-    except UserError as error:
-        if not tokenizer.chat_template:
-            raise
+        render(record.prompt, tokenizer, where=record.origin.where, ask=True)
+    except RefusedChat as error:
         return RowFault("refused by the chat template", error.what, where=error.where)
     return None

@@ -11,11 +11,15 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """temperature τ; whether the entropy carries a gradient (needed only for an entropy bonus); tokens in one fp32 chunk."""
+    """temperature τ; whether the entropy carries a gradient (needed only for an entropy bonus); tokens in one fp32 chunk.
+
+    logits_bytes: logits that would be larger than this in fp32 are never made whole (`models.head`).
+    """
 
     temperature: float = 1.0
     entropy_grad: bool = False
     chunk_tokens: int = 1024
+    logits_bytes: int = 256 * 2**20
 
 
 def logprobs_and_entropy(logits_BTV: Tensor, tokens_BT: Tensor, options: HeadOptions) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.contracts.experience import SequenceBatch
+from rlhf_dist.models.head import gather_on_gpu
 from rlhf_dist.models.inputs import model_inputs, width_step
 
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -113,6 +114,7 @@ def refuse_leaks(module: Any) -> None:
         UserError: sequences in one row see each other in this architecture, or the log-probs differ.
     """
     model, batch = module.model, _three_sequences()
+    gather_on_gpu(model)
     if wants_one_row(model):
         model.to("cuda")  # its kernels run nowhere else
     device, step = next(model.parameters()).device, width_step(model)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rlhf_dist.contracts.experience import SequenceBatch
+from rlhf_dist.models.head import is_plain, logprobs_in_head
 from rlhf_dist.models.inputs import blank_batch, model_inputs, width_step
 from rlhf_dist.models.logprobs import HeadOptions, logprobs_and_entropy
 from rlhf_dist.models.packing import head_at, packed_inputs, refuse_leaks, wants_one_row
@@ -30,6 +32,7 @@ class PolicyModule(nn.Module):
         self.model: Any = model
         self.options = options or HeadOptions()
         self.packing = packing
+        self._plain_head = is_plain(model)
         if packing:
             refuse_leaks(self)
 
@@ -55,17 +58,36 @@ class PolicyModule(nn.Module):
         """The head runs on the columns before those in which some row has a response token: the logits of a column predict the next."""
         length = tokens["input_ids"].shape[1]
         first = max(length - places_BT.shape[1], 1)  # the first column that is predicted
-        output = self.model(**tokens, use_cache=False, logits_to_keep=length - first + 1)
-        per_column = logprobs_and_entropy(output.logits[:, first - length - 1 : -1], tokens["input_ids"][:, first:], self.options)
         at_BT = (places_BT - first).clamp(min=0)
+        targets_BC = tokens["input_ids"][:, first:]
+        if self._too_large(targets_BC.numel()):
+            rows_B1 = torch.arange(len(targets_BC), device=targets_BC.device).unsqueeze(1) * length
+            slots_BC = rows_B1 + torch.arange(first - 1, length - 1, device=targets_BC.device)
+            per_token = self._streamed(tokens, slots_BC.flatten(), targets_BC.flatten())
+            return tuple(values.view_as(targets_BC).gather(1, at_BT) for values in per_token)
+        output = self.model(**tokens, use_cache=False, logits_to_keep=length - first + 1)
+        per_column = logprobs_and_entropy(output.logits[:, first - length - 1 : -1], targets_BC, self.options)
         return tuple(column.gather(1, at_BT) for column in per_column)
 
     def _packed(self, tokens: dict[str, Tensor], places_BT: Tensor, slots_N: Tensor) -> tuple[Tensor, ...]:
         """The head runs on the slots before the response tokens, and on no others."""
-        with head_at(self.model, slots_N - 1):
-            logits_1NV = self.model(**tokens, use_cache=False).logits
-        per_slot = logprobs_and_entropy(logits_1NV[0], tokens["input_ids"].flatten()[slots_N], self.options)
+        targets_N = tokens["input_ids"].flatten()[slots_N]
+        if self._too_large(len(slots_N)):
+            per_slot = self._streamed(tokens, slots_N - 1, targets_N)
+        else:
+            with head_at(self.model, slots_N - 1):
+                logits_1NV = self.model(**tokens, use_cache=False).logits
+            per_slot = logprobs_and_entropy(logits_1NV[0], targets_N, self.options)
         return tuple(nn.functional.pad(values_N, (0, 1))[places_BT] for values_N in per_slot)
+
+    def _streamed(self, tokens: dict[str, Tensor], slots_N: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+        options = self.options
+        with logprobs_in_head(self.model, slots_N, targets_N, options.temperature, options.entropy_grad):
+            logprobs_N, entropy_N = self.model(**tokens, use_cache=False).logits[0].unbind(-1)
+        return logprobs_N, entropy_N if options.entropy_grad else entropy_N.detach()
+
+    def _too_large(self, columns: int) -> bool:
+        return self._plain_head and columns * self.model.get_output_embeddings().out_features * 4 > self.options.logits_bytes
 
     def inputs(self, batch: SequenceBatch) -> dict[str, Any]:
         """Keyword arguments of `forward` for a batch."""

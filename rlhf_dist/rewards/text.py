@@ -7,12 +7,11 @@ import json
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.contracts.experience import ExperienceBatch, StopReason
-from rlhf_dist.data.chat import render_messages
+from rlhf_dist.data.chat import checked_chat, render
 from rlhf_dist.data.records import keep_end
 from rlhf_dist.models.classifier import EncodedTexts
 
@@ -104,22 +103,17 @@ class RewardEncoder:
         if messages is None or not self._policy.chat_template:
             return None
         try:
-            rendered = render_messages(messages, self._policy, where=f"row {row}")
+            chat = checked_chat(messages, f"row {row}")
+            rendered = render(chat, self._policy, where=f"row {row}", ask=True)
         except UserError:
             return None  # what the policy's template refuses cannot be where the prompt comes from
         tokens = list(self._policy(rendered, add_special_tokens=False, verbose=False)["input_ids"])
         made_of_it = tokens[-len(prompt) :] == list(prompt)  # the front may have been cut by data.overlong
-        return [_plain(message) for message in messages] if made_of_it else None
+        return chat if made_of_it else None
 
     def _templated(self, chat: list[dict[str, Any]], completion: str, row: int) -> str:
-        try:
-            return str(self._reward.apply_chat_template([*chat, {"role": "assistant", "content": completion}], tokenize=False))
-        except (jinja2.TemplateError, ValueError, TypeError) as error:
-            raise UserError(
-                f"row {row}: the reward model's chat template refuses the messages: {error}",
-                where="reward model input",
-                fix="order roles as the reward model expects them",
-            ) from error
+        answer = {"role": "assistant", "content": completion}
+        return render([*chat, answer], self._reward, where=f"reward model input, row {row}", ask=False)
 
 
 def same_tokenizer(reward: PreTrainedTokenizerBase, policy: PreTrainedTokenizerBase) -> bool:
@@ -139,11 +133,3 @@ def same_tokenizer(reward: PreTrainedTokenizerBase, policy: PreTrainedTokenizerB
         return False
     mine, theirs = (json.loads(backend.to_str()) for backend in backends if backend is not None)
     return all(mine[part] == theirs[part] for part in BEHAVIOUR)
-
-
-def _plain(message: dict[str, Any]) -> dict[str, Any]:
-    """A message without the empty keys that Arrow adds, its text parts joined."""
-    given = {key: value for key, value in message.items() if value is not None}
-    if isinstance(given.get("content"), list):
-        given["content"] = "".join(part["text"] for part in given["content"])
-    return given

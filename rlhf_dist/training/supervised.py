@@ -95,7 +95,8 @@ class SupervisedLoop:
         began = time.perf_counter()
         total = self._start()
         extras = self._phase("prepare", self.stage.prepare, 0)
-        self.recorder.metrics(0, self._evaluate(0))
+        if before := self._evaluate(0):
+            self.recorder.metrics(0, before)
         for step, rows in enumerate(self._batches(), 1):
             with self._clock.phase("train"):
                 metrics = self._train(rows)

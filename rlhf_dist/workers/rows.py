@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.config.supervised import RowsSection
 from rlhf_dist.data.answers import AnswersEncoder, AnswersRow, fitted
+from rlhf_dist.data.chat import RefusedChat
+from rlhf_dist.data.faults import RowFault
 from rlhf_dist.data.layouts import PreferencePair, Ranking
 from rlhf_dist.data.preferences import PreferenceReader
 from rlhf_dist.data.reading import ReadOptions, RecordReader
 from rlhf_dist.data.splitting import Split, split_key
 from rlhf_dist.data.token_rows import TokenRow
+from rlhf_dist.data.validation import ErrorPolicy
 from rlhf_dist.workers.supervised import Rows
 
 Encode = Callable[[Any, Counter[str]], Any]
@@ -28,11 +32,11 @@ def read_rows(section: RowsSection, reader: Callable[[list[str], ReadOptions], R
     """
     fates, eval_fates = Counter[str](), Counter[str]()
     train = reader(section.train, _options(section, "train"))
-    rows, held_out = list(_encoded(train, encode, fates)), list[Any]()
+    rows, held_out = list(_encoded(train, encode, section.faults, fates)), list[Any]()
     fates.update(_faults(train))
     if section.eval or section.eval_fraction:
         other = reader(section.eval or section.train, _options(section, "eval"))
-        held_out = list(_encoded(other, encode, eval_fates))
+        held_out = list(_encoded(other, encode, section.faults, eval_fates))
         eval_fates.update(_faults(other) if section.eval else {})  # the same file has the same faults, counted once
     return Rows(rows, held_out, dict(fates + eval_fates), dict(eval_fates))
 
@@ -75,6 +79,22 @@ def preference_rows(section: RowsSection, encoder: AnswersEncoder, *, as_pairs: 
     return read_rows(section, lambda files, options: PreferenceReader(files, options, rankings="pairs" if as_pairs else "keep"), encode)
 
 
+@contextmanager
+def refusals(faults: ErrorPolicy, fates: Counter[str]) -> Iterator[None]:
+    """A row that the chat template refuses within the block is a fault as any other: it stops, or is left out and counted in `fates`.
+
+    Raises:
+        UserError: it is refused, where `faults` is `error`.
+    """
+    try:
+        yield
+    except RefusedChat as refused:
+        fault = RowFault("refused by the chat template", refused.what, where=refused.where)
+        if faults == "error":
+            raise fault.as_error() from None
+        fates[f"dropped: {fault.reason}"] += 1
+
+
 def spells_pad(where: str) -> UserError:
     """What is said of a row that holds the pad token."""
     fix = "take the pad token out of the text, or set data.faults=drop, which leaves such rows out and counts them"
@@ -88,9 +108,11 @@ def _teaches_nothing(answers: Sequence[TokenRow]) -> str:
     return "dropped: answers of the same tokens" if len({row.tokens.tobytes() for row in answers}) < len(answers) else ""
 
 
-def _encoded(reader: Any, encode: Encode, fates: Counter[str]) -> Iterator[Any]:
+def _encoded(reader: Any, encode: Encode, faults: ErrorPolicy, fates: Counter[str]) -> Iterator[Any]:
     for record in reader:
-        row = encode(record, fates)
+        row = None
+        with refusals(faults, fates):
+            row = encode(record, fates)
         if row is not None:
             yield row
 

@@ -34,23 +34,31 @@ def sft_rows(config: SFTConfig, tokenizer: Any) -> Rows:
     Raises:
         UserError: a faulty or too long row where the config says `error`, or none left.
     """
-    section = config.data
+    encoder = sft_encoder(config, tokenizer)
+    return read_rows(config.data, DemonstrationReader, lambda record, fates: _row(record, encoder, config.data, fates))
+
+
+def sft_encoder(config: SFTConfig, tokenizer: Any) -> DemonstrationEncoder:
+    """What makes the rows of a run, and of the look before it.
+
+    Raises:
+        UserError: no such model, or a slow tokenizer.
+    """
     stops = stop_tokens(config.model.model, tokenizer, trust_remote_code=config.model.trust_remote_code)
-    stop = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else next(iter(stops), None)
-    encoder = DemonstrationEncoder(tokenizer, stop, config.sft.loss_on)
-    return read_rows(section, DemonstrationReader, lambda record, fates: _row(record, encoder, section, fates))
+    return DemonstrationEncoder(tokenizer, stops, config.sft.loss_on)
 
 
 def _row(record: Demonstration, encoder: DemonstrationEncoder, section: RowsSection, fates: Counter[str]) -> TokenRow | None:
-    row = encoder.encode(record)
+    row, fate = encoder.encode(record), ""
     if len(row) > section.max_tokens:
         if section.overlong == "error":
             raise too_long(row, section.max_tokens, record.origin.where)
-        fates["dropped: longer than data.max_tokens" if section.overlong == "drop" else "cut: longer than data.max_tokens"] += 1
         if section.overlong == "drop":
+            fates["dropped: longer than data.max_tokens"] += 1
             return None
-        row = row.cut(section.max_tokens)
+        row, fate = row.cut(section.max_tokens), "cut: longer than data.max_tokens"
     if not row.weight:
-        fates["dropped: nothing left to train on"] += 1
+        fates["dropped: nothing of the completion fits data.max_tokens" if fate else "dropped: a completion without a token"] += 1
         return None
+    fates.update([fate] if fate else [])
     return row

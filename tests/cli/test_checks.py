@@ -130,7 +130,7 @@ def test_a_model_with_too_few_tokens_is_refused(
     ppo_values: dict[str, Any], other_model: Callable[..., Path], role: str, tokenizer: bool
 ) -> None:
     folder = other_model(vocab_size=63, tokenizer=tokenizer)
-    with pytest.raises(UserError, match=f"the {role} model knows 63 tokens, the policy's tokenizer has 64") as error:
+    with pytest.raises(UserError, match=f"the {role} model knows 63 tokens, the tokenizer of policy.model has 64") as error:
         check(ppo_values, **{role: {"model": str(folder)}})
     assert error.value.where == f"{role}.model"
 
@@ -138,7 +138,7 @@ def test_a_model_with_too_few_tokens_is_refused(
 @pytest.mark.parametrize("role", ["reference", "value"])
 def test_a_model_with_another_vocabulary_is_refused(ppo_values: dict[str, Any], other_model: Callable[..., Path], role: str) -> None:
     """As many tokens, two of them the other way round."""
-    with pytest.raises(UserError, match=f"the {role} model has another vocabulary than the policy") as error:
+    with pytest.raises(UserError, match=f"the {role} model has another vocabulary than policy.model") as error:
         check(ppo_values, **{role: {"model": str(other_model(words={"w3": "w4", "w4": "w3"}))}})
     assert error.value.where == f"{role}.model"
 

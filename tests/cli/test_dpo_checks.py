@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,11 @@ def test_a_reference_needs_the_context_and_the_vocabulary(tiny_model: Path, tmp_
     AutoModelForCausalLM.from_config(shape).save_pretrained(small)
     for folder in (short, small):
         tokenizer.save_pretrained(folder)
-    wrong = {short: "reference's context of 16", small: "the reference model knows 63 tokens", missing: "no model folder"}
+    wrong = {
+        short: "reference's context of 16",
+        small: r"the reference model knows 63 tokens, the tokenizer of model.model has 64\n(.*\n)*.*of model.model$",
+        missing: "no model folder",
+    }
     for folder, message in wrong.items():
         with pytest.raises(UserError, match=message):
             check_dpo(config(tiny_model, [GOOD], tmp_path, str(folder)))
@@ -62,3 +67,16 @@ def test_fp16_on_a_cpu(tiny_model: Path, tmp_path: Path) -> None:
     half = DPOConfig.model_validate(given.model_dump() | {"model": given.model.model_dump() | {"dtype": "fp16"}})
     with pytest.raises(UserError, match="fp16"):
         check_dpo(half)
+
+
+def test_a_row_that_the_chat_template_refuses_stops_or_is_left_out(tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "m")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
+    refuses = "{% if messages[0]['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    tokenizer.chat_template = refuses + "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "m")
+    rows = [{"prompt": [{"role": role, "content": "w1"}], "chosen": "w2", "rejected": "w3"} for role in ("user", "tool")]
+    with pytest.raises(UserError, match="no tools") as caught:
+        check_dpo(config(tmp_path / "m", rows, tmp_path))
+    assert "rows.jsonl:2" in str(caught.value) and "data.faults=drop" in caught.value.fix
+    assert check_dpo(config(tmp_path / "m", rows, tmp_path, faults="drop")) == {"pairs looked at": 2}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_dist.cli.reward_checks import check_reward_model
 from rlhf_dist.config.errors import UserError
@@ -49,3 +50,16 @@ def test_a_report_that_cannot_be_drawn_is_said_at_once(tiny_model: Path, tmp_pat
     with pytest.raises(UserError, match="needs plotly"):
         check_reward_model(config(tiny_model, [PAIR], tmp_path, eval_fraction=0.1))
     assert check_reward_model(config(tiny_model, [PAIR], tmp_path))
+
+
+def test_a_row_that_the_chat_template_refuses_stops_or_is_left_out(tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "m")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
+    refuses = "{% if messages[0]['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    tokenizer.chat_template = refuses + "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "m")
+    rows = [{"prompt": [{"role": role, "content": "w1"}], "chosen": "w2", "rejected": "w3"} for role in ("user", "tool")]
+    with pytest.raises(UserError, match="no tools") as caught:
+        check_reward_model(config(tmp_path / "m", rows, tmp_path))
+    assert "rows.jsonl:2" in str(caught.value) and "data.faults=drop" in caught.value.fix
+    assert check_reward_model(config(tmp_path / "m", rows, tmp_path, faults="drop")) == {"rows looked at": 2}

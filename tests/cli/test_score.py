@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,20 @@ def test_dialogues_and_rows_that_do_not_fit(tiny_scorer: Path, tmp_path: Path, c
     (expected,) = RewardModel.load(str(tiny_scorer), overlong="truncate").score([turns[1][:1]], ["w9"])
     assert [row["score"] for _, row in iter_rows(str(out))][1] == pytest.approx(expected, abs=1e-5)
     assert "1 cut: prompts shortened" in capsys.readouterr().out
+
+
+def test_a_chat_that_the_template_refuses_is_a_fault(tiny_scorer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = shutil.copytree(tiny_scorer, tmp_path / "m")
+    refuses = "{% if messages[0]['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    (model / "chat_template.jinja").write_text(refuses + "{% for m in messages %}{{ m['content'] }} {% endfor %}")
+    rows = [{"messages": [{"role": role, "content": "w1"}, {"role": "assistant", "content": "w9"}]} for role in ("user", "tool")]
+    data, out = write(tmp_path / "x.jsonl", rows), tmp_path / "out.jsonl"
+    arguments = ("--model", str(model), "--data", data, "--output", str(out), "model.device=cpu")
+    said = fails(capsys, *arguments)
+    assert "x.jsonl:2" in said and "no tools" in said and "data.faults=drop" in said
+    main(["score", *arguments, "data.faults=drop"])
+    assert [row["messages"] for _, row in iter_rows(str(out))] == [rows[0]["messages"]]
+    assert "refused by the chat template" in capsys.readouterr().out
 
 
 def test_faults_are_one_message(tiny_scorer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -151,9 +153,68 @@ def test_long_rows_are_dropped_or_cut_and_counted(run: Run) -> None:
     ],
 )
 def test_bad_input_ends_with_status_2(run: Run, capsys: pytest.CaptureFixture[str], overrides: tuple[str, ...], message: str) -> None:
-    import re
-
     with pytest.raises(SystemExit) as ended:
         run(*overrides)
     assert ended.value.code == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+PLAIN = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
+
+
+def chats(model: Path, folder: Path, template: str | None) -> tuple[str, ...]:
+    """Overrides: ten short chats, one of them asking `w1`, and the model with this template."""
+    made, path = shutil.copytree(model, folder / "model"), folder / "chats.jsonl"
+    if template is not None:
+        (made / "chat_template.jinja").write_text(template)
+    rows = [{"messages": [{"role": "user", "content": f"w{n}"}, {"role": "assistant", "content": "w20"}]} for n in range(1, 11)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"model.model={made}", f"data.train={path}"
+
+
+TEMPLATES = {
+    "none": (None, "no chat template"),
+    "syntax": ("{% for m in messages %}{{ m", "is broken.*mend chat_template in the model folder"),
+    "undefined": ("{{ messages[0].a.b }}", "is broken.*mend chat_template in the model folder"),
+    "refuses": ("{{ raise_exception('not this one') }}", "refuses the messages: not this one.*data.faults=drop"),
+    "opens": (PLAIN.replace("assistant {% endif", "assistant w9 {% endif"), "asks for an answer with 'assistant w9 '"),
+    "anew": ("{{ messages | length }} " + PLAIN, "renders earlier turns anew"),
+}
+
+
+@pytest.mark.parametrize("case", TEMPLATES)
+def test_a_template_that_cannot_be_used_ends_with_status_2(
+    run: Run, tiny_model: Path, tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template, message = TEMPLATES[case]
+    with pytest.raises(SystemExit) as ended:
+        run(*chats(tiny_model, tmp_path, template))
+    assert ended.value.code == 2 and re.search(message, capsys.readouterr().err, re.DOTALL)
+
+
+@pytest.mark.parametrize("fraction", ["0", "0.5"])
+def test_chats_that_the_template_refuses_are_left_out_and_counted(run: Run, tiny_model: Path, tmp_path: Path, fraction: str) -> None:
+    refuses = "{% if messages[0]['content'] == 'w1' %}{{ raise_exception('no w1') }}{% endif %}" + PLAIN
+    given = chats(tiny_model, tmp_path, refuses)
+    folder = run(*given, "data.faults=drop", "training.max_steps=1", f"data.eval_fraction={fraction}")
+    rows = json.loads((folder / "summary.json").read_text())["rows"]
+    assert rows["dropped: refused by the chat template"] == 1 and rows["train"] + rows["eval"] == 9
+    first = read_metrics(folder / "metrics.jsonl")[0]
+    assert first["step"] == (fraction == "0") and len(first) > 2, "no empty line of a side that is not there"
+
+
+def test_a_template_that_cuts_earlier_turns_leaves_two_remedies_that_work(
+    run: Run, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cuts = PLAIN.replace("{{ m['content'] }} ", "{% if loop.last %}{{ m['content'] }} </s> {% else %}w9 {% endif %}")
+    given = chats(tiny_model, tmp_path, cuts.replace("{% if loop", "{% if m['role'] == 'user' %}{{ m['content'] }} {% elif loop"))
+    assert read_metrics(run(*given, "training.max_steps=1") / "metrics.jsonl"), "rows with one answer each"
+    turns = [{"role": role, "content": f"w{n}"} for n, role in enumerate(["user", "assistant"] * 2)]
+    (tmp_path / "chats.jsonl").write_text(
+        "".join(json.dumps({"messages": [*turns[:3], turns[3] | {"content": f"w{n}"}]}) + "\n" for n in range(9))
+    )
+    with pytest.raises(SystemExit):
+        run(*given)
+    said = capsys.readouterr().err
+    assert "sft.loss_on=all" in said and "one answer each" in said
+    assert read_metrics(run(*given, "sft.loss_on=all", "data.eval_fraction=0", "training.max_steps=1") / "metrics.jsonl")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from rlhf_dist.cli.sft_checks import check_sft
 from rlhf_dist.config.errors import UserError
@@ -41,3 +43,28 @@ def test_fp16_on_a_cpu(tiny_model: Path, tmp_path: Path) -> None:
     half = SFTConfig.model_validate(given.model_dump() | {"model": given.model.model_dump() | {"dtype": "fp16"}})
     with pytest.raises(UserError, match="fp16"):
         check_sft(half)
+
+
+def test_a_row_that_the_chat_template_refuses_stops_or_is_left_out(tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "m")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
+    refuses = "{% if messages[0]['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    tokenizer.chat_template = refuses + "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "m")
+    answer = {"role": "assistant", "content": "w2"}
+    rows: list[dict[str, object]] = [{"messages": [{"role": role, "content": "w1"}, answer]} for role in ("user", "tool")]
+    with pytest.raises(UserError, match="no tools") as caught:
+        check_sft(config(tmp_path / "m", rows, tmp_path))
+    assert "rows.jsonl:2" in str(caught.value) and "data.faults=drop" in caught.value.fix
+    assert check_sft(config(tmp_path / "m", rows, tmp_path, faults="drop")) == {"rows looked at": 2}
+
+
+def test_the_look_counts_the_stop_token_that_the_run_will_put(tiny_model: Path, tmp_path: Path) -> None:
+    """The tokenizer knows no eos, the model does: the row has three tokens and its end."""
+    shutil.copytree(tiny_model, tmp_path / "m")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "m")
+    rows: list[dict[str, object]] = [{"prompt": "w1", "completion": " w2"}]
+    with pytest.raises(UserError, match="the row has 4 tokens, the limit is 3"):
+        check_sft(config(tmp_path / "m", rows, tmp_path, max_tokens=3))

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.data.answers import AnswersEncoder, AnswersRow, fitted
+from rlhf_dist.data.chat import RefusedChat
 from rlhf_dist.data.token_rows import TokenRow
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "<end>", "user:", "bot:", *"abcdefgh"]
@@ -91,13 +92,37 @@ def test_an_answer_that_spells_the_stop_token_is_not_cut_there() -> None:
     assert answer(encode(DIALOGUE[:1], "e </s> f", CLOSED)) == "e </s> f <end>"
 
 
+OPENS = CLOSED.replace("}bot: {% endif", "}bot: f {% endif")
+
+
 @pytest.mark.parametrize(
-    ("template", "message"), [(None, "no chat template"), (REWRITES, "renders earlier turns anew"), (STRICT, "no answers")]
+    ("template", "message"),
+    [
+        (None, "no chat template"),
+        (REWRITES, "renders earlier turns anew"),
+        (STRICT, "no answers"),
+        (OPENS, "asks for an answer with 'bot: f '"),
+        ("{{ messages", "is broken"),
+    ],
 )
 def test_a_template_that_cannot_be_used_is_named_with_the_row(template: str | None, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         encode(DIALOGUE[:1], "e", template)
-    assert "here" in caught.value.where
+    assert "here" in caught.value.where and "sft" not in caught.value.fix
+    assert isinstance(caught.value, RefusedChat) == (template == STRICT)
+
+
+def test_an_answer_that_begins_as_the_template_makes_the_model_begin() -> None:
+    assert answer(encode(DIALOGUE[:1], "f e", OPENS)) == "e <end>"
+
+
+def test_messages_may_hold_null_keys_and_text_in_parts() -> None:
+    given = ({"role": "user", "content": [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}], "name": None},)
+    assert words(encode(given, "e f", CLOSED)) == "user: a b <end> bot: e f <end>"
+
+
+def test_an_eos_that_the_model_does_not_name_as_a_stop_is_not_doubled() -> None:
+    assert words(encode(DIALOGUE[:1], "e", CLOSED.replace("<end>", "</s>"), stops=(END,))) == "user: a b </s> bot: e </s>"
 
 
 def test_a_slow_tokenizer_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf_dist.config.errors import UserError
-from rlhf_dist.data.chat import render_messages
+from rlhf_dist.data.chat import RefusedChat, render, render_answered, render_messages
 from rlhf_dist.data.files import iter_rows
 from rlhf_dist.data.toy import write_toy
 
@@ -87,6 +88,63 @@ def test_no_template(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.Mon
     monkeypatch.setattr(tokenizer, "chat_template", None)
     with pytest.raises(UserError, match="no chat template"):
         render_messages([USER], tokenizer, where="a:1")
+
+
+def test_several_templates_without_a_default_are_none(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", {"default": TEMPLATE})
+    assert render([USER], tokenizer, where="", ask=False) == "<s><user>Hi\n"
+    monkeypatch.setattr(tokenizer, "chat_template", {"tool_use": TEMPLATE})
+    with pytest.raises(UserError, match="no chat template"):
+        render([USER], tokenizer, where="a:1", ask=False)
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{% for m in messages %}{{ m.content", "{{ messages[0].content.nope.deeper }}", "{{ messages | nonsense }}"],
+    ids=["syntax", "undefined", "no such filter"],
+)
+def test_a_broken_template_is_the_models_fault(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, template: str) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    with pytest.raises(UserError, match="the chat template is broken: ") as caught:
+        render([USER], tokenizer, where="a:1", ask=True)
+    assert not isinstance(caught.value, RefusedChat) and "mend chat_template in the model folder" in caught.value.fix
+    assert "roles" not in caught.value.fix and ("keys" in caught.value.fix) == ("nope" in template) and "\n" not in caught.value.what
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception('not this one') }}", "{{ messages[0].content + 1 }}"], ids=["raised", "wrong type"]
+)
+def test_a_refused_chat_is_the_rows_fault(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, template: str) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    with pytest.raises(RefusedChat, match="refuses the messages") as caught:
+        render([USER], tokenizer, where="a:1", ask=False)
+    assert caught.value.where == "a:1" and "order roles" in caught.value.fix
+    assert isinstance(pickle.loads(pickle.dumps(caught.value)), RefusedChat), "it may come out of another process"
+
+
+ANSWER = {"role": "assistant", "content": "Go"}
+
+
+def test_the_answer_begins_behind_what_asks_for_it(tokenizer: PreTrainedTokenizerBase) -> None:
+    text, start = render_answered([USER], ANSWER, tokenizer, where="")
+    assert (text[:start], text[start:]) == ("<s><user>Hi\n<assistant>", "Go\n")
+
+
+def test_why_an_answer_cannot_be_told_apart(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = {
+        TEMPLATE.replace("}<assistant>{", "}<assistant><think>{"): (
+            "asks for an answer with '<assistant><think>'",
+            "let the answers begin",
+        ),
+        "{{ messages | length }}" + TEMPLATE: ("renders earlier turns anew", "only appends"),
+    }
+    for template, (what, fix) in cases.items():
+        monkeypatch.setattr(tokenizer, "chat_template", template)
+        with pytest.raises(UserError, match=what) as caught:
+            render_answered([USER], ANSWER, tokenizer, where="a:1", otherwise=", or give up")
+        assert fix in caught.value.fix and caught.value.fix.endswith(", or give up") and caught.value.where == "a:1"
+    with pytest.raises(RefusedChat, match="nothing asks"):
+        render_answered([], ANSWER, tokenizer, where="a:1")
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason="the shared models folder is not here")

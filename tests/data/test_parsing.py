@@ -124,6 +124,7 @@ BAD: list[tuple[str, str, dict[str, Any]]] = [
     ("messages", "no final assistant turn", {"messages": [USER, answer("a"), OTHER]}),
     ("messages", "empty final turn", {"messages": [USER, answer(" ")]}),
     ("messages", "empty prompt", {"messages": [answer("a")]}),
+    ("messages", "empty prompt", {"messages": [{"role": "user", "content": " "}, answer("a")]}),
     ("messages", "wrong type", {"messages": "text"}),
     ("pairs", "chosen equals rejected", PAIR | {"rejected": "a"}),
     ("pairs", "empty completion", PAIR | {"rejected": " "}),

@@ -135,3 +135,6 @@ def test_chats_are_tried_on_the_template(tmp_path: Path, tiny_model: Path) -> No
     )
     (refused,) = faults([path], Reading(), ReadCounts(), tokenizer)
     assert isinstance(refused, RowFault) and refused.reason == "refused by the chat template" and refused.where == f"{path}:2"
+    tokenizer.chat_template = "{% for m in messages"
+    (broken,) = faults([path], Reading(), ReadCounts(), tokenizer)
+    assert isinstance(broken, UserError) and "is broken" in broken.what, "once for the file, not for every row"

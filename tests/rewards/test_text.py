@@ -196,8 +196,16 @@ def test_the_messages_column_may_have_another_name() -> None:
 def test_a_template_that_refuses_names_the_row() -> None:
     strict = "{{ raise_exception('no user here') }}"
     encoder = RewardEncoder(tokenizer(template=strict), tokenizer(template=TEMPLATE), None, "error")
-    with pytest.raises(UserError, match="row 0: the reward model's chat template refuses the messages: no user here"):
+    with pytest.raises(UserError, match="the chat template refuses the messages: no user here") as caught:
         encoder.encode(batch([(PROMPTS[0], "a </s>")], messages=CHAT[:1]))
+    assert caught.value.where == "reward model input, row 0"
+
+
+def test_a_broken_template_of_the_reward_model_is_its_own_fault() -> None:
+    encoder = RewardEncoder(tokenizer(template="{{ messages[0].a.b }}"), tokenizer(template=TEMPLATE), None, "error")
+    with pytest.raises(UserError, match="the chat template is broken") as caught:
+        encoder.encode(batch([(PROMPTS[0], "a </s>")], messages=CHAT[:1]))
+    assert caught.value.where == "reward model input, row 0" and "mend chat_template" in caught.value.fix
 
 
 @pytest.mark.parametrize("words, tokens", [(WORDS, 7), (REVERSED, 5)], ids=["ids", "text"])

@@ -27,7 +27,7 @@ class Counting:
     name, world_size = "model", 2
 
     def __init__(self, rows: int, eval_losses: Sequence[float]) -> None:
-        self.rows, self.eval_losses = rows, list(eval_losses)
+        self.rows, self.eval_losses, self.eval_rows = rows, list(eval_losses), (3, 4) if eval_losses else ()
         self.updates: list[list[UpdateRequest]] = []
         self.exports: list[str] = []
 
@@ -39,7 +39,7 @@ class Counting:
         return list(handles)
 
     def describe(self, _: Any) -> list[RowFacts]:
-        return [RowFacts(tuple(range(1, self.rows + 1)), (2.0,) * self.rows, (3, 4), {"dropped: odd": 1}, {"parameters": 5})] * 2
+        return [RowFacts(tuple(range(1, self.rows + 1)), (2.0,) * self.rows, self.eval_rows, {"dropped: odd": 1}, {"parameters": 5})] * 2
 
     def update(self, requests: list[UpdateRequest]) -> list[UpdateInfo]:
         self.updates.append(requests)
@@ -89,6 +89,12 @@ def test_it_evaluates_before_at_intervals_and_at_the_end_and_keeps_the_best(tmp_
     assert [line["step"] for line in lines if "eval/loss" in line] == [0, 2, 4, 6]
     assert (summary["best_step"], summary["before"], summary["after"]) == (4, {"eval/loss": 5.0}, {"eval/loss": 3.5})
     assert group.exports == ["best", "best", "model"]
+
+
+def test_without_held_out_rows_there_is_nothing_to_say_before_the_first_step(tmp_path: Path) -> None:
+    summary, lines = run(tmp_path, Counting(8, []), epochs=2)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4] and all("loss" in line for line in lines)
+    assert (summary["before"], summary["after"], summary["best_step"]) == (None, None, None)
 
 
 def test_max_steps_and_evaluate_every(tmp_path: Path) -> None:

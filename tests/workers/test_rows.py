@@ -139,3 +139,27 @@ def test_pairs_of_other_stages_may_hold_the_pad(tiny_model: Path, tmp_path: Path
     path.write_bytes(gzip.compress(json.dumps(DROPS["holds the pad token"]).encode()))
     encoder = AnswersEncoder(load_tokenizer(str(tiny_model)), (EOS,))
     assert len(preference_rows(RowsSection(train=[str(path)]), encoder, as_pairs=True).train) == 1
+
+
+STRICT = (
+    "{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "{{ m['role'] }} {{ m['content'] }} </s> {% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
+)
+
+
+def test_a_chat_that_the_template_refuses_is_a_fault_as_any_other(tiny_model: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_model))
+    path = tmp_path / "rows.jsonl"
+    chats = [[{"role": role, "content": f"w{n}"}] for n, role in enumerate(["user", "tool", "user", "tool", "user"])]
+    path.write_text("".join(json.dumps({"prompt": chat, "chosen": "w2", "rejected": "w3"}) + "\n" for chat in chats))
+    encoder, sections = AnswersEncoder(tokenizer, (EOS,)), [RowsSection(train=[str(path)], faults=faults) for faults in ("error", "drop")]
+    tokenizer.chat_template = STRICT
+    with pytest.raises(UserError, match="no tools here") as caught:
+        preference_rows(sections[0], encoder, as_pairs=False)
+    assert caught.value.where.endswith("rows.jsonl:2") and "data.faults=drop" in caught.value.fix
+    rows = preference_rows(sections[1], encoder, as_pairs=False)
+    assert len(rows.train) == 3 and rows.fates == {"dropped: refused by the chat template": 2}
+    for template, message in ((None, "no chat template"), ("{{ messages", "is broken")):
+        tokenizer.chat_template = template
+        with pytest.raises(UserError, match=message):
+            preference_rows(sections[1], encoder, as_pairs=False)

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import normalizers
 
 from rlhf_dist.config.errors import UserError
-from rlhf_dist.config.sft import SFTConfig
+from rlhf_dist.config.sft import SFTConfig, SftSection
 from rlhf_dist.models.loading import load_tokenizer
 from rlhf_dist.workers.sft import sft_rows
 
@@ -50,7 +51,45 @@ def test_what_is_too_long(tiny_model: Path, rows_file: Path) -> None:
     cut = sft_rows(config(tiny_model, rows_file, max_tokens=5, overlong="truncate"), tokenizer)
     assert len(cut.train) == 40 and max(len(row) for row in cut.train) == 5 and cut.fates["cut: longer than data.max_tokens"] == 20
     nothing = sft_rows(config(tiny_model, rows_file, max_tokens=2, overlong="truncate"), tokenizer)
-    assert not nothing.train and nothing.fates["dropped: nothing left to train on"] == 40
+    assert not nothing.train and nothing.fates == {
+        "dropped: nothing of the completion fits data.max_tokens": 40,
+        "dropped: empty completion": 1,
+    }, "a row is counted once"
+
+
+def test_a_completion_without_a_token_is_no_matter_of_length(tiny_model: Path, tmp_path: Path) -> None:
+    path, tokenizer = tmp_path / "rows.jsonl", load_tokenizer(str(tiny_model))
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("!", "")
+    tokenizer.eos_token = None
+    path.write_text('{"prompt": "w1", "completion": " !"}\n{"prompt": "w1", "completion": " w2"}\n')
+    (tmp_path / "m").mkdir()
+    given = json.loads((tiny_model / "config.json").read_text()) | {"eos_token_id": None}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(given))
+    rows = sft_rows(config(tmp_path / "m", path), tokenizer)
+    assert len(rows.train) == 1 and rows.fates == {"dropped: a completion without a token": 1}
+
+
+@pytest.mark.parametrize("loss_on", ["completion", "all"])
+def test_a_dialogue_that_the_template_refuses_is_a_fault_as_any_other(tiny_model: Path, tmp_path: Path, loss_on: str) -> None:
+    tokenizer, path = load_tokenizer(str(tiny_model)), tmp_path / "rows.jsonl"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+        "{{ m['content'] }} {% endfor %}"
+    )
+    roles = ["user", "tool", "user"]
+    rows = [{"messages": [{"role": role, "content": "w1"}, {"role": "assistant", "content": "w2"}]} for role in roles]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = config(tiny_model, path).model_copy(update={"sft": SftSection(loss_on=loss_on)})
+    kept = sft_rows(given, tokenizer)
+    assert len(kept.train) == 2 and kept.fates == {"dropped: refused by the chat template": 1}
+    assert all(row.tokens[-1] == tokenizer.eos_token_id and row.trained[-1] for row in kept.train)
+    stops = given.model_copy(update={"data": given.data.model_copy(update={"faults": "error"})})
+    with pytest.raises(UserError, match="no tools here") as caught:
+        sft_rows(stops, tokenizer)
+    assert caught.value.where.endswith("rows.jsonl:2") and "data.faults=drop" in caught.value.fix
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match="no chat template"):
+        sft_rows(given, tokenizer)
 
 
 def test_the_schedule_spans_the_run(tiny_model: Path, rows_file: Path) -> None:
