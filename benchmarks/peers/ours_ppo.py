@@ -82,7 +82,8 @@ def config(job: Mapping[str, Any]) -> dict[str, Any]:
         "value": {"optim": {"lr": 1e-6}} | engine,
         "reward": {"sources": [{"kind": "model", "name": "random", "model": job["scorer"]}]} | engine,
         "rollout": {"prompts_per_step": len(job["prompts"]), "max_new_tokens": max(job["lengths"]), "slots": len(job["prompts"])},
-        "algorithm": {"epochs": 1, "minibatches": job["minibatches"]},
+        # As TRL does it: the log-probs of sampling are the old ones.
+        "algorithm": {"epochs": 1, "minibatches": job["minibatches"], "old_logprobs": "sampler"},
         "placement": {"launcher": "spmd", "threads_per_rank": job["threads"]},
     }
 

@@ -62,6 +62,11 @@ class Adapter:
         return rows.pop() if rows else None
 
     @property
+    def scores(self) -> bool:
+        """Whether what it makes of its base model is a classifier."""
+        return self.classifies or self.labels is not None
+
+    @property
     def has_tokenizer(self) -> bool:
         """Whether a tokenizer lies beside the adapter."""
         return any((self.folder / name).is_file() for name in _TOKENIZER)

@@ -14,6 +14,7 @@ from rlhf_dist.config.engines import EngineSection
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.models.inputs import width_step
 from rlhf_dist.models.loading import context_length, load_pretrained
+from rlhf_dist.models.padding import embedding_rows
 
 Transform = Literal["logit", "probability", "log_odds"]
 
@@ -90,8 +91,7 @@ class ClassifierModule(nn.Module):
             )
         # One output, or several that do not exclude each other: each is a yes-or-no question of its own.
         self._independent = labels == 1 or getattr(config, "problem_type", None) == "multi_label_classification"
-        embeddings: Any = model.get_input_embeddings()
-        self._vocabulary = int(embeddings.num_embeddings)
+        self._vocabulary = embedding_rows(model)
 
     @property
     def context_tokens(self) -> int | None:

@@ -27,6 +27,7 @@ from transformers import (
 from rlhf_dist.config.engines import Dtype, EngineSection
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.models.adapters import Adapter, check_fit, find_adapter, merge_adapter
+from rlhf_dist.models.padding import grow_embeddings, name_pad
 from rlhf_dist.models.quantisation import check_layers, quantise
 
 TORCH_DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -37,7 +38,10 @@ FAULTS = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, S
 
 
 def load_config(path: str, *, trust_remote_code: bool = False) -> Any:
-    """The model's configuration; of an adapter its base model's, with the labels of the head that it holds.
+    """The model's configuration; of an adapter its base model's, and of a classifier's what training would have made of it.
+
+    That is the labels of the head that the adapter holds, the pad of the tokenizer beside it, and every token that ends a text: classifiers
+    have no generation_config.json (decision 0009).
 
     Raises:
         UserError: neither a folder with a config.json nor a cached hub name; an adapter whose base model is not there.
@@ -49,13 +53,9 @@ def load_config(path: str, *, trust_remote_code: bool = False) -> Any:
     if _adapter(adapter.base) is not None:
         raise UserError(f"the adapter's base model {adapter.base} is itself an adapter", where=path, fix=fix)
     try:
-        config = _read_config(adapter.base, trust_remote_code=trust_remote_code)
+        return _adapted_config(adapter, trust_remote_code=trust_remote_code)
     except UserError as error:
         raise UserError(f"the adapter's base model cannot be used: {error.what}", where=f"{path}, base {error.where}", fix=fix) from error
-    if adapter.labels is not None:
-        config.num_labels = adapter.labels
-        config.architectures = [str(name).replace("ForCausalLM", CLASSIFIER) for name in config.architectures or ()]
-    return config
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -117,8 +117,8 @@ def load_token_scorer(section: EngineSection, path: str, *, zero_head: bool) -> 
     model = load_pretrained(AutoModelForSequenceClassification, section, path, fresh, num_labels=1)
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear):
-        fix = "use a decoder-only model (Llama, Qwen, Mistral, GPT-2, Gemma …) as value model"
-        raise UserError("this architecture's classifier has no linear `score` head", where=path, fix=fix)
+        what = f"a classifier of the kind {model.config.model_type} has no linear `score` head, as trained reward and value models need"
+        raise UserError(what, where=path, fix="use a decoder-only model (Llama, Qwen, Mistral, GPT-2, Gemma …)")
     if zero_head:
         nn.init.zeros_(head.weight)
         if head.bias is not None:
@@ -136,6 +136,12 @@ def stop_tokens(path: str, tokenizer: PreTrainedTokenizerBase, *, trust_remote_c
     if not ids and tokenizer.eos_token_id is not None:
         ids = {int(tokenizer.eos_token_id)}
     return tuple(sorted(ids))
+
+
+def name_stops(config: Any, stops: Collection[int]) -> None:
+    """Keeps several tokens that end a completion in a classifier's configuration, in place: it is saved without generation_config.json."""
+    if len(stops) > 1:
+        config.eos_token_id = sorted(stops)
 
 
 def generation_settings(path: str) -> GenerationConfig | None:
@@ -203,8 +209,7 @@ def load_pretrained(kind: Any, section: EngineSection, path: str, fresh: Collect
     Raises:
         UserError: the folder is not of the right kind or not complete; see `merge_adapter`, `quantise`.
     """
-    load_config(path, trust_remote_code=section.trust_remote_code)
-    adapter = _adapter(path)
+    config, adapter = load_config(path, trust_remote_code=section.trust_remote_code), _adapter(path)
     try:
         model, report = kind.from_pretrained(
             local(path if adapter is None else adapter.base),
@@ -226,7 +231,7 @@ def load_pretrained(kind: Any, section: EngineSection, path: str, fresh: Collect
     _refuse(path, "not in the folder", set(report["missing_keys"]) - given)
     _refuse(path, "of another shape than the configuration says", {name for name, *_ in report["mismatched_keys"]} - given)
     if adapter is not None:
-        merge_adapter(model, adapter, fresh)
+        _merge(model, adapter, config, fresh)
         model.name_or_path = model.config.name_or_path = path  # what an adapter on top of this one stands on
     switch_dropout_off(model)
     if hasattr(model.config, "use_cache"):
@@ -242,11 +247,11 @@ def load_merged(adapter: Adapter) -> Any:
     Raises:
         UserError: as `load_pretrained`.
     """
-    config = load_config(adapter.base)
+    config = _adapted_config(adapter)
     classifies = adapter.classifies or any(str(name).endswith(CLASSIFIER) for name in config.architectures or ())
     kind = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
     model = load_pretrained(kind, EngineSection(dtype=precision_of(config)), adapter.base, adapter.whole, **_labels(kind, adapter))
-    merge_adapter(model, adapter)
+    _merge(model, adapter, config)
     return model
 
 
@@ -271,6 +276,36 @@ def check_loadable(kind: Any, section: EngineSection, path: str, *, on_gpu: bool
         check_fit(model, adapter, ("score.weight", "score.bias") if adapter.labels is None else ())
     if section.quantize == "nf4":
         check_layers(model, path, on_gpu=on_gpu)
+
+
+def _adapted_config(adapter: Adapter, *, trust_remote_code: bool = False) -> Any:
+    """See `load_config`."""
+    config = _read_config(adapter.base, trust_remote_code=trust_remote_code)
+    if not adapter.scores:
+        return config
+    if adapter.labels is not None:
+        config.num_labels = adapter.labels
+        config.architectures = [str(name).replace("ForCausalLM", CLASSIFIER) for name in config.architectures or ()]
+    if adapter.has_tokenizer:
+        pad = load_tokenizer_folder(str(adapter.folder), trust_remote_code=trust_remote_code).pad_token_id
+        if pad is not None:
+            name_pad(config, int(pad))
+    name_stops(config, {*_ids(config), *_ids(generation_settings(adapter.base))})
+    return config
+
+
+def _merge(model: Any, adapter: Adapter, config: Any, fresh: Collection[str] = ()) -> None:
+    """Merges an adapter into its base model. A classifier's was trained with the pad and the stop tokens of `config`, so they come first.
+
+    Args:
+        config: of the adapter. fresh: see `check_fit`.
+    """
+    if adapter.scores:
+        grow_embeddings(model, config.get_text_config().vocab_size)
+        if (pad := config.get_text_config().pad_token_id) is not None:
+            name_pad(model.config, pad)
+        model.config.eos_token_id = config.eos_token_id
+    merge_adapter(model, adapter, fresh)
 
 
 def _labels(kind: Any, adapter: Adapter | None) -> dict[str, int]:

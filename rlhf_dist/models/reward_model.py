@@ -6,6 +6,7 @@ text: with pad = eos it would skip the eos, which our rows end in (NUMERICS sect
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Collection
 from typing import Any
@@ -19,7 +20,8 @@ from rlhf_dist.config.errors import UserError
 from rlhf_dist.contracts.preferences import PreferenceBatch
 from rlhf_dist.models.adapters import find_adapter
 from rlhf_dist.models.classifier import ClassifierModule, EncodedTexts
-from rlhf_dist.models.loading import load_config, load_token_scorer, local
+from rlhf_dist.models.loading import load_config, load_token_scorer, load_tokenizer, local, stop_tokens
+from rlhf_dist.models.padding import grow_embeddings, name_pad
 
 PAD = "<|pad|>"
 HEAD = "score"
@@ -76,13 +78,24 @@ def load_reward_model(section: EngineSection, path: str, pad: int, seed: int) ->
     model: Any = load_token_scorer(section, path, zero_head=not own_head)
     if not own_head:
         _start_head(model.get_submodule(HEAD), seed)
-    rows = model.get_input_embeddings().num_embeddings
-    if pad >= rows:
-        model.resize_token_embeddings(pad + 1, mean_resizing=False)
-        with torch.no_grad():
-            model.get_input_embeddings().weight[rows:] = 0
-    model.config.pad_token_id = model.config.get_text_config().pad_token_id = pad
+    grow_embeddings(model, pad + 1)
+    name_pad(model.config, pad)
     return model  # type: ignore[no-any-return]
+
+
+def tokenizer_for(config: Any, path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model that was trained from another: where that trained with a pad of its own, the tokenizer knows it too.
+
+    Args:
+        config: of the trained model. path: the model that it was trained from.
+
+    Raises:
+        UserError: no such model, or one without a tokenizer.
+    """
+    trained = load_tokenizer(path)
+    with_pad = copy.deepcopy(trained)
+    pad = separate_pad(with_pad, stop_tokens(path, trained))
+    return with_pad if pad == config.get_text_config().pad_token_id else trained
 
 
 def has_head(section: EngineSection, path: str) -> bool:

@@ -18,6 +18,7 @@ from rlhf_dist.config.engines import Dtype
 from rlhf_dist.models.adapters import PREFIX, WEIGHTS, LowRank, find_adapter, low_rank_pairs, part_of
 from rlhf_dist.models.loading import precision_of
 from rlhf_dist.models.lora import trained_weights
+from rlhf_dist.models.padding import with_rows
 from rlhf_dist.models.quantisation import Linear4bit
 
 ORIGIN = "origin.json"
@@ -80,9 +81,10 @@ def write_adapter(model: Any, weights: Mapping[str, Tensor], folder: Path) -> No
     first = find_adapter(str(model.get_base_model().name_or_path))
     if first is not None:
         modules = dict(model.get_base_model().named_modules())
-        pairs = {name: pair for name, pair in low_rank_pairs(first.tensors(), first.scale).items() if name in modules}
+        held = _with_new_rows(first.tensors(), modules)
+        pairs = {name: pair for name, pair in low_rank_pairs(held, first.scale).items() if name in modules}
         second = low_rank_pairs(named, lambda layer, rank: config.lora_alpha / rank)
-        whole = {name: tensor for name, tensor in (first.tensors() | named).items() if part_of(name) is None}
+        whole = {name: tensor for name, tensor in (held | named).items() if part_of(name) is None}
         named = {name: tensor for name, tensor in whole.items() if name in named or name.rpartition(".")[0] in modules}
         config.base_model_name_or_path = first.base
         named |= _stacked(pairs, second, config)
@@ -123,6 +125,18 @@ def adapter_config(model: Any, trained: Collection[str]) -> Any:
     config.modules_to_save = heads or None
     config.task_type = "SEQ_CLS" if heads else "CAUSAL_LM"
     return config
+
+
+def _with_new_rows(tensors: Mapping[str, Tensor], modules: Mapping[str, Any]) -> dict[str, Tensor]:
+    """An adapter's tensors, with zeros for tokens that its base model's embeddings have gained since (a pad)."""
+    grown = dict(tensors)
+    for name, tensor in tensors.items():
+        part = part_of(name)
+        layer = modules.get(part["layer"] if part else name.rpartition(".")[0])
+        rows = getattr(getattr(layer, "base_layer", layer), "num_embeddings", None)
+        if rows is not None and (part is None or part["side"] == "A"):
+            grown[name] = with_rows(tensor, rows, 0 if part is None else 1)
+    return grown
 
 
 def _stacked(first: Mapping[str, LowRank], second: Mapping[str, LowRank], config: Any) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from rlhf_dist.contracts.tally import Tally
 from rlhf_dist.engines import deepspeed as module_under_test
 from rlhf_dist.engines.deepspeed import DeepSpeedEngine, Training
 from rlhf_dist.engines.process import Rank
+from rlhf_dist.models.logprobs import HeadOptions
 from rlhf_dist.models.lora import add_adapter, named_weights
 from rlhf_dist.models.policy import PolicyModule
 from rlhf_dist.models.quantisation import quantise
@@ -62,15 +63,21 @@ def objective(outputs: Outputs, microbatch: SequenceBatch) -> tuple[Tensor, Tall
 
 @pytest.fixture
 def engine_of(plain_rank: Rank, tmp_path: Path) -> Iterator[Callable[..., DeepSpeedEngine]]:
-    """`engine_of(stage, model, optim, dtype)`; without optim an engine that only runs forward."""
+    """`engine_of(stage, model, optim, dtype, head)`; without optim an engine that only runs forward."""
 
-    def make(stage: int, model: nn.Module | None = None, optim: OptimSection | None = None, dtype: str = "fp32") -> DeepSpeedEngine:
+    def make(
+        stage: int,
+        model: nn.Module | None = None,
+        optim: OptimSection | None = None,
+        dtype: str = "fp32",
+        head: HeadOptions | None = None,
+    ) -> DeepSpeedEngine:
         path = tmp_path / f"zero{stage}.json"
         path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
         clip = optim.clip_norm if optim else 0.0
         config = resolve_deepspeed(str(path), dtype=dtype, clip_norm=clip, trains=optim is not None)  # type: ignore[arg-type]
         training = Training(optim, total_steps=5) if optim else None
-        made.append(DeepSpeedEngine(PolicyModule(model or llama()), config, plain_rank, training))
+        made.append(DeepSpeedEngine(PolicyModule(model or llama(), head), config, plain_rank, training))
         return made[-1]
 
     made: list[DeepSpeedEngine] = []
@@ -103,11 +110,13 @@ def relative_gap(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
 # --- gradients --------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("streamed", [False, True], ids=["logits", "streamed"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_step_takes_off_exactly_the_gradient_however_the_batch_is_cut(stage: int, tied: bool, engine_of) -> None:
+def test_a_step_takes_off_exactly_the_gradient_however_the_batch_is_cut(stage: int, tied: bool, streamed: bool, engine_of) -> None:
     """Σ loss / denominator, at every step anew: nothing of an earlier gradient is left over."""
-    engine, whole = engine_of(stage, llama(tie_word_embeddings=tied), AS_IF_SGD), batch()
+    head = HeadOptions(logits_bytes=0) if streamed else HeadOptions()
+    engine, whole = engine_of(stage, llama(tie_word_embeddings=tied), AS_IF_SGD, head=head), batch()
     cuts = [[range(6)], [[0], [1, 2], [3, 4, 5]], [[5, 1], [0, 2, 3, 4]], [[row] for row in range(6)]]
     for cut in cuts:
         before = exported(engine)
@@ -168,6 +177,7 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient(stage: int, e
         model.model.layers[0].mlp.register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
         engine = engine_of(stage, model, AS_IF_SGD)
         before = exported(engine)
+        seen.clear()
         engine.forward_backward([batch()], objective, DENOMINATOR)
         assert not engine.module.training
         engine.optimizer_step()

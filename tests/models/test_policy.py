@@ -40,11 +40,13 @@ def valid(outputs: dict[str, Tensor], name: str, batch: SequenceBatch) -> list[T
     return [row[mask] for row, mask in zip(outputs[name], batch.response_attention_BT, strict=True)]
 
 
+@pytest.mark.parametrize("limit", [2**28, 0], ids=["logits", "streamed"])
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("rows", [ROWS, FULL], ids=["ragged", "at the context limit"])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_padded_batch_gives_each_row_what_it_gets_alone(name, rows, model_of, padded) -> None:
+def test_a_padded_batch_gives_each_row_what_it_gets_alone(name, rows, packing, limit, model_of, padded) -> None:
     model, batch = model_of(name), padded(rows, extra=1)
-    module = PolicyModule(model, HeadOptions(temperature=0.7, chunk_tokens=3))
+    module = PolicyModule(model, HeadOptions(temperature=0.7, chunk_tokens=3, logits_bytes=limit), packing=packing)
     with torch.no_grad():
         outputs = module(**module.inputs(batch))
         want = [alone(model, prompt, response, 0.7) for prompt, response in rows]
@@ -54,10 +56,11 @@ def test_a_padded_batch_gives_each_row_what_it_gets_alone(name, rows, model_of, 
             torch.testing.assert_close(mine, reference[index], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("limit", [2**28, 0], ids=["logits", "streamed"])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_gradient_is_that_of_the_rows_alone(name, model_of, padded) -> None:
+def test_the_gradient_is_that_of_the_rows_alone(name, limit, model_of, padded) -> None:
     model, batch = model_of(name), padded(ROWS)
-    module = PolicyModule(model, HeadOptions(entropy_grad=True, chunk_tokens=3))
+    module = PolicyModule(model, HeadOptions(entropy_grad=True, chunk_tokens=3, logits_bytes=limit))
     outputs = module(**module.inputs(batch))
     sum(x.sum() for output in outputs for x in valid(outputs, output, batch)).backward()
     mine = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
