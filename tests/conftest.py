@@ -86,6 +86,44 @@ def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def pad_is_eos(tiny_model: Path, tmp_path: Path) -> Callable[..., Path]:
+    """`pad_is_eos(tied)`: a policy as most chat models are: pad = eos, several stop tokens in generation_config.json."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    def made(tied: bool = False) -> Path:
+        folder = tmp_path / "pad_is_eos"
+        model = AutoModelForCausalLM.from_pretrained(tiny_model, pad_token_id=2, tie_word_embeddings=tied)
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(tiny_model, pad_token="</s>").save_pretrained(folder)
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7], "pad_token_id": 2}))
+        return folder
+
+    return made
+
+
+@pytest.fixture
+def train_judge(plain_rank: Any, tmp_path: Path) -> Callable[..., Path]:
+    """`train_judge(model, name, **settings of its section)`: a reward model after two steps; its folder holds `export` and `checkpoint`."""
+    from rlhf_dist.config.reward_model import RewardModelConfig
+    from rlhf_dist.contracts.roles import UpdateRequest
+    from rlhf_dist.workers.reward_model import build_reward_model
+
+    def trained(model: Path, name: str = "judge", **settings: Any) -> Path:
+        rows = [{"prompt": f"w{n} w3", "chosen": f" w{n + 1} w2" + " w4" * n, "rejected": " w9"} for n in range(4)]
+        (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        section = {"model": str(model), "optim": {"lr": 0.03}} | settings
+        values = {"data": {"train": str(tmp_path / "pairs.jsonl"), "max_tokens": 32}, "model": section, "training": {"max_steps": 9}}
+        worker = build_reward_model(RewardModelConfig.model_validate(values), plain_rank)
+        for _ in range(2):
+            worker.update(UpdateRequest(((0, 1, 2, 3),), 4.0))
+        worker.export(str(tmp_path / name / "export"))
+        worker._engine.save(tmp_path / name / "checkpoint")
+        return tmp_path / name
+
+    return trained
+
+
 def word_tokenizer() -> Any:
     """`<pad> <s> </s> <unk>` and sixty words; `<s>` is put in front."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors

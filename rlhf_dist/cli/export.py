@@ -44,7 +44,7 @@ def _whole(source: str, base: str | None) -> tuple[str, Any, dict[str, Any], Any
         from rlhf_dist.engines.consolidation import consolidate
 
         whole = consolidate(folder, base)
-        return "checkpoint put together", whole.model, whole.weights, load_tokenizer(whole.base)
+        return "checkpoint put together", whole.model, whole.weights, _tokenizer(whole)
     adapter = find_adapter(local(source), base)
     if adapter is None:
         below = sorted(str(path.parent.relative_to(folder)) for path in folder.glob("*/engine")) if folder.is_dir() else []
@@ -53,6 +53,14 @@ def _whole(source: str, base: str | None) -> tuple[str, Any, dict[str, Any], Any
     model = load_merged(adapter)
     tokenizer = load_tokenizer_folder(source) if adapter.has_tokenizer else load_tokenizer(adapter.base)
     return "adapter merged", model, {name: compute() for name, _, compute in named_weights(model)}, tokenizer
+
+
+def _tokenizer(whole: Any) -> Any:
+    """Of a checkpoint: that of the model it was trained from, and a classifier's with the pad it was trained with."""
+    from rlhf_dist.models.loading import load_tokenizer
+    from rlhf_dist.models.reward_model import tokenizer_for
+
+    return load_tokenizer(whole.base) if whole.model.can_generate() else tokenizer_for(whole.model.config, whole.base)
 
 
 def _is_checkpoint(folder: Path) -> bool:

@@ -24,7 +24,7 @@ class ScorerSection(TrainedSection):
 
     model: str = Field(
         description="Hugging Face folder (or cached hub name): a causal LM, base or SFT, or a peft adapter for one, gets a new head; "
-        "a sequence classifier with one label keeps its own"
+        "a decoder-only sequence classifier with one label keeps its own"
     )
 
 

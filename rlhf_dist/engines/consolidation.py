@@ -26,6 +26,7 @@ from rlhf_dist.engines.deepspeed import TAG
 from rlhf_dist.engines.process import quiet_deepspeed
 from rlhf_dist.models.loading import CLASSIFIER, TORCH_DTYPES, generation_settings, load_config, load_pretrained, precision_of
 from rlhf_dist.models.lora import add_adapter, named_weights
+from rlhf_dist.models.padding import grow_embeddings
 from rlhf_dist.models.saving import ORIGIN, Origin
 
 LATEST = "latest"
@@ -114,7 +115,7 @@ def _merged(folder: Path, state: Mapping[str, Tensor], origin: Origin) -> Whole:
     fresh = {f"{origin.head}.{part}" for part in ("weight", "bias")} if origin.head else set()
     options = {"num_labels": config.num_labels} if origin.head else {}
     model = load_pretrained(_kind(config), section, origin.base, fresh, **options)
-    _add_rows(model, config.get_text_config().vocab_size)
+    grow_embeddings(model, config.get_text_config().vocab_size)  # for a pad token that the base model has not
     adapted = add_adapter(model, LoraSection.model_validate(origin.lora), 0, origin.head)
     places = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     given = {name.removeprefix(OURS): tensor for name, tensor in state.items()}
@@ -127,15 +128,6 @@ def _merged(folder: Path, state: Mapping[str, Tensor], origin: Origin) -> Whole:
             place.copy_(given[name])
     model.config = config
     return Whole(model, {name: compute().cpu().clone() for name, _, compute in named_weights(adapted)}, origin.base)
-
-
-def _add_rows(model: Any, rows: int) -> None:
-    """A stage may have added a row of zeros to the embeddings, for a pad token that no text holds: the base model has it not."""
-    before = model.get_input_embeddings().num_embeddings
-    if rows > before:
-        model.resize_token_embeddings(rows, mean_resizing=False)
-        with torch.no_grad():
-            model.get_input_embeddings().weight[before:] = 0
 
 
 def _origin(folder: Path, base: str | None) -> Origin:

@@ -234,6 +234,7 @@ def load_pretrained(kind: Any, section: EngineSection, path: str, fresh: Collect
         _merge(model, adapter, config, fresh)
         model.name_or_path = model.config.name_or_path = path  # what an adapter on top of this one stands on
     switch_dropout_off(model)
+    model.get_input_embeddings().padding_idx = None  # the pad of many a model is its eos, whose row would never learn
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False  # nothing reads it: training sees whole rows, the sampler keeps a cache of its own
     if section.quantize == "nf4":
@@ -304,7 +305,7 @@ def _merge(model: Any, adapter: Adapter, config: Any, fresh: Collection[str] = (
         grow_embeddings(model, config.get_text_config().vocab_size)
         if (pad := config.get_text_config().pad_token_id) is not None:
             name_pad(model.config, pad)
-        model.config.eos_token_id = config.eos_token_id
+        name_stops(model.config, _ids(config))
     merge_adapter(model, adapter, fresh)
 
 

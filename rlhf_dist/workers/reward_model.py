@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from rlhf_dist.algos.reward_objective import RewardObjective
+from rlhf_dist.config.errors import UserError
 from rlhf_dist.config.reward_model import RewardModelConfig
-from rlhf_dist.contracts.supervised import Side
+from rlhf_dist.contracts.supervised import RowFacts, Side
 from rlhf_dist.data.answer_batches import collate_answers
-from rlhf_dist.data.answers import AnswersEncoder
+from rlhf_dist.data.answers import AnswersEncoder, AnswersRow
 from rlhf_dist.engines.deepspeed import Training
 from rlhf_dist.engines.process import Rank
 from rlhf_dist.evaluation.judged import JudgedPair, judged_pairs
-from rlhf_dist.models.loading import load_tokenizer, stop_tokens
+from rlhf_dist.models.loading import load_tokenizer, name_stops, stop_tokens
 from rlhf_dist.models.lora import add_adapter
 from rlhf_dist.models.reward_model import HEAD, RewardModelModule, load_reward_model, separate_pad
 from rlhf_dist.workers.rows import preference_rows
@@ -23,6 +25,11 @@ from rlhf_dist.workers.training import build_engine, prepare_checkpointing, seed
 
 class RewardModelWorker(SupervisedWorker):
     """Trains a sequence classifier on rows of answers (contracts.supervised.RewardModelRole)."""
+
+    def describe(self) -> RowFacts:
+        """As of any worker, and how many training rows have a margin that could count."""
+        facts = super().describe()
+        return replace(facts, facts=facts.facts | {"rows with a margin": with_margin(self._rows.train)})
 
     def judge(self, side: Side, microbatches: tuple[tuple[int, ...], ...]) -> tuple[JudgedPair, ...]:
         """This rank's rows as judged pairs, in the order of the microbatches. Collective."""
@@ -43,17 +50,30 @@ class RewardModelWorker(SupervisedWorker):
         return [[row for row in rows if len(row.answers) == k] for rows, ks in zip(together, counts, strict=True) for k in ks]
 
 
+def with_margin(rows: Sequence[AnswersRow]) -> int:
+    """Rows in whose loss a margin counts: pairs with a hard label and a margin other than 0."""
+    return sum(bool(row.margin) and row.label_probability is None for row in rows)
+
+
 def build_reward_model(config: RewardModelConfig, rank: Rank) -> RewardModelWorker:
-    """Loads model and rows on this rank."""
+    """Loads model and rows on this rank.
+
+    Raises:
+        UserError: a row or a model that cannot be used, or margins that are asked for and that no row has.
+    """
     seeded(config.run.seed)
     section = config.model
     tokenizer = load_tokenizer(section.model, trust_remote_code=section.trust_remote_code)
     stops = stop_tokens(section.model, tokenizer, trust_remote_code=section.trust_remote_code)
     pad = separate_pad(tokenizer, stops)
     rows = preference_rows(config.data, AnswersEncoder(tokenizer, stops), as_pairs=False, pad=pad)
+    if config.reward_model.margins and rows.train and not with_margin(rows.train):
+        what = f"reward_model.margins is on, and none of the {len(rows.train)} training rows is a pair with a hard label and a margin"
+        raise UserError(
+            what, where="data.train", fix="give the rows a column `margin` (numbers other than 0), or set reward_model.margins=false"
+        )
     model: Any = load_reward_model(section, section.model, pad, config.run.seed)
-    if len(stops) > 1:  # a classifier is saved without generation_config.json: whoever scores chats must end them as here
-        model.config.eos_token_id = list(stops)
+    name_stops(model.config, stops)  # whoever scores chats must end them as here
     if section.lora is not None:
         model = add_adapter(model, section.lora, config.run.seed, head=HEAD)
     training = Training(section.optim, config.training.total_steps(len(rows.train)))

@@ -8,16 +8,24 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_dist.cli.main import main
 from rlhf_dist.config.engines import EngineSection
 from rlhf_dist.config.optim import OptimSection
 from rlhf_dist.engines.deepspeed import DeepSpeedEngine, Training
-from rlhf_dist.models.loading import load_causal_lm
+from rlhf_dist.models.loading import load_causal_lm, load_token_scorer
 from rlhf_dist.models.policy import PolicyModule
+from rlhf_dist.models.value import ValueModule
 
 TOKENS = torch.arange(4, 12)[None]
+TEXTS = ["w1 w2 w3 w4 w5 w6 </s>", "w7 </s>", "w8 w9 w1"]
+ZERO2 = {
+    "zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": 1, "fp16": {"enabled": False},
+    "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
+}  # fmt: skip
+EMBEDDED = ["embed_tokens", "q_proj"]
 
 
 def adapter(base: Path, folder: Path, task: str = "CAUSAL_LM") -> Path:
@@ -60,11 +68,7 @@ def test_an_adapter_is_merged_and_loads_with_transformers(task: str, tiny_model:
 
 def test_a_checkpoint_is_put_together(tiny_model: Path, tmp_path: Path, plain_rank: Any, capsys: Any) -> None:
     model = load_causal_lm(EngineSection(), str(tiny_model))
-    config = {
-        "zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": 1, "fp16": {"enabled": False},
-        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
-    }  # fmt: skip
-    engine = DeepSpeedEngine(PolicyModule(model), config, plain_rank, Training(OptimSection(), 1))
+    engine = DeepSpeedEngine(PolicyModule(model), ZERO2, plain_rank, Training(OptimSection(), 1))
     engine.save(tmp_path / "run" / "policy")
     main(["export", str(tmp_path / "run" / "policy"), "--out", str(tmp_path / "out")])
     assert "checkpoint put together: " in capsys.readouterr().out
@@ -73,6 +77,47 @@ def test_a_checkpoint_is_put_together(tiny_model: Path, tmp_path: Path, plain_ra
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 64
     said = refused(capsys, str(tmp_path / "run"), "--out", str(tmp_path / "other"))
     assert "neither a PEFT adapter nor a DeepSpeed checkpoint" in said and "subfolders: policy" in said
+
+
+@pytest.mark.parametrize(
+    ("tied", "targets"), [(False, "all-linear"), (True, "all-linear"), (False, EMBEDDED), (True, EMBEDDED), (True, None)]
+)
+def test_a_reward_model_is_exported_as_its_training_exported_it(
+    tied: bool, targets: Any, pad_is_eos: Any, train_judge: Any, tmp_path: Path
+) -> None:
+    """Out of its adapter and out of its checkpoint, file by file: the pad that training added, in weights, config and tokenizer."""
+    run = train_judge(pad_is_eos(tied), lora={"r": 2, "target_modules": targets} if targets else None)
+    want = run / "export"
+    for source in ("checkpoint", "export/adapter") if targets else ("checkpoint",):
+        out = tmp_path / "out" / source
+        main(["export", str(run / source), "--out", str(out)])
+        assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in want.iterdir() if path.is_file())
+        for path in out.glob("*.json"):
+            assert json.loads(path.read_text()) == json.loads((want / path.name).read_text()), path.name
+        got, expected = load_file(out / "model.safetensors"), load_file(want / "model.safetensors")
+        assert got.keys() == expected.keys() and all(torch.equal(got[name], expected[name]) for name in got)
+        together = scored(out, TEXTS)
+        assert together == pytest.approx([scored(out, [text])[0] for text in TEXTS], abs=1e-5)
+    config = json.loads((want / "config.json").read_text())
+    assert (config["pad_token_id"], config["vocab_size"], config["eos_token_id"]) == (64, 65, [2, 7])
+
+
+def test_a_value_models_checkpoint_keeps_its_tokenizer(pad_is_eos: Any, plain_rank: Any, tmp_path: Path) -> None:
+    """It was trained with no pad of its own, so none is added."""
+    base = pad_is_eos()
+    module = ValueModule(load_token_scorer(EngineSection(), str(base), zero_head=True))
+    DeepSpeedEngine(module, ZERO2, plain_rank, Training(OptimSection(), 1)).save(tmp_path / "value")
+    main(["export", str(tmp_path / "value"), "--out", str(tmp_path / "out")])
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 64
+    assert AutoConfig.from_pretrained(tmp_path / "out").pad_token_id == 2
+
+
+def scored(folder: Path, texts: list[str]) -> list[float]:
+    """As anybody would: the tokenizer's padding, the model's own pooling."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        logits = AutoModelForSequenceClassification.from_pretrained(folder)(**tokenizer(texts, padding=True, return_tensors="pt")).logits
+    return [float(score) for score in logits[:, 0]]
 
 
 def test_an_adapter_made_for_another_base_model(tiny_model: Path, tmp_path: Path, capsys: Any) -> None:

@@ -14,7 +14,7 @@ from rlhf_dist.engines.consolidation import consolidate, read_shards
 from rlhf_dist.models.saving import save_model
 
 PROGRAM = Path(__file__).parents[1] / "distributed" / "programs" / "adapters.py"
-STAGES = {"full": range(4), "qlora": range(4), "lora": (0, 2), "value": (0, 3)}
+STAGES = {"full": range(4), "qlora": range(4), "lora": (0, 2), "value": (0, 3), "reward": (0, 3)}
 CASES = [f"{kind}_fp32_zero{stage}" for kind, stages in STAGES.items() for stage in stages]
 HALF = ["full_bf16_zero2", "qlora_bf16_zero3"]
 TOKENS = torch.arange(4, 12)[None]
@@ -59,6 +59,14 @@ def test_training_over_4_bits_lowers_the_loss_and_moves_only_adapters(runs: Any,
     assert whole.base == str(wide_model)
     assert torch.equal(whole.weights["lm_head.weight"], untrained.lm_head.weight)
     assert not torch.equal(whole.weights["model.layers.0.mlp.up_proj.weight"], untrained.model.layers[0].mlp.up_proj.weight)
+
+
+@pytest.mark.distributed
+def test_a_row_that_training_added_for_the_pad_is_there(runs: Any, wide_model: Path) -> None:
+    whole = consolidate(runs[2][0] / "reward_fp32_zero3")
+    rows, before = whole.weights["model.embed_tokens.weight"], AutoModelForCausalLM.from_pretrained(wide_model).model.embed_tokens.weight
+    assert len(rows) == 65 == whole.model.config.vocab_size and whole.model.config.pad_token_id == 64
+    assert float((rows[:64] - before).abs().max()) > 0.001 and not rows[64].any(), "the embeddings were trained, and no text held the pad"
 
 
 @pytest.fixture

@@ -82,6 +82,13 @@ def test_a_model_comes_with_its_weights_in_the_wanted_precision_and_in_eval_mode
     assert load_causal_lm(EngineSection(dtype="bf16"), str(folder)).dtype == torch.bfloat16
 
 
+def test_the_row_of_a_pad_that_is_also_the_eos_learns(pad_is_eos: Any) -> None:
+    """transformers keeps the pad's row of the embeddings without gradient; texts hold the eos."""
+    model = load_causal_lm(EngineSection(), str(pad_is_eos()))
+    model(input_ids=torch.tensor([[1, 5, 2, 6]]), labels=torch.tensor([[1, 5, 2, 6]])).loss.backward()
+    assert bool(model.get_input_embeddings().weight.grad[2].any())  # type: ignore[operator]
+
+
 def test_home_is_expanded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(folder.parent))
     assert isinstance(load_causal_lm(SECTION, f"~/{folder.name}"), LlamaForCausalLM)

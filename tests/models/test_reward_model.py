@@ -17,19 +17,23 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
     PreTrainedTokenizerFast,
 )
 
-from rlhf_dist.config.engines import EngineSection
+from rlhf_dist.config.engines import EngineSection, LoraSection
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.contracts.preferences import PreferenceBatch
 from rlhf_dist.data.answer_batches import collate_answers
 from rlhf_dist.data.answers import AnswersRow
 from rlhf_dist.data.token_rows import TokenRow
-from rlhf_dist.models.loading import load_tokenizer
-from rlhf_dist.models.reward_model import PAD, RewardModelModule, has_head, load_reward_model, separate_pad
+from rlhf_dist.models.loading import load_token_scorer, load_tokenizer
+from rlhf_dist.models.lora import add_adapter, named_weights
+from rlhf_dist.models.reward_model import PAD, RewardModelModule, has_head, load_reward_model, separate_pad, tokenizer_for
+from rlhf_dist.models.value import ValueModule
 
 SECTION = EngineSection()
 VOCABULARY = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "<end>": 4, "w": 5}
@@ -112,6 +116,43 @@ def test_an_adapter_of_a_language_model_gets_a_new_head_on_its_own_backbone(tiny
     merged = adapted.merge_and_unload()
     assert torch.allclose(model.model.layers[0].self_attn.q_proj.weight, merged.model.layers[0].self_attn.q_proj.weight, atol=1e-6)
     assert not torch.allclose(model.model.layers[0].self_attn.q_proj.weight, plain.model.layers[0].self_attn.q_proj.weight, atol=1e-3)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", [RewardModelModule, ValueModule])
+def test_embeddings_can_be_adapted(kind: Any, tied: bool, pad_is_eos: Any) -> None:
+    """A classifier has no output head that they could be tied to: merged, they answer as trained."""
+    model = load_reward_model(SECTION, str(pad_is_eos(tied)), 64, 0)
+    adapted: Any = add_adapter(model, LoraSection(r=2, target_modules=["embed_tokens", "q_proj"]), 0, head="score")
+    kind(adapted)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    merged: Any = load_reward_model(SECTION, str(pad_is_eos(tied)), 64, 1)
+    plain = merged.get_input_embeddings().weight.clone()
+    merged.load_state_dict({name: compute() for name, _, compute in named_weights(adapted)})
+    assert not torch.allclose(merged.get_input_embeddings().weight, plain, atol=0.1)
+    texts = batch(TEXTS)
+    with torch.no_grad():
+        got, want = (RewardModelModule(each)(**RewardModelModule(each).inputs(texts))["score_B"] for each in (merged, adapted))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_classifier_that_is_no_decoder_is_refused_for_what_it_is(tmp_path: Path) -> None:
+    config = BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, num_labels=1)
+    BertForSequenceClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="of the kind bert has no linear `score` head, as trained reward and value models need") as caught:
+        load_reward_model(SECTION, str(tmp_path), 0, 0)
+    assert caught.value.where == str(tmp_path) and "decoder-only" in caught.value.fix and "value" not in caught.value.fix
+
+
+@pytest.mark.parametrize(("stage", "size", "number"), [("reward", 65, 64), ("value", 64, 2)])
+def test_the_tokenizer_of_a_model_that_was_trained_from_another(stage: str, size: int, number: int, pad_is_eos: Any) -> None:
+    """A reward model's has the pad that was added; a value model's is its base's."""
+    path = str(pad_is_eos())
+    model: Any = load_reward_model(SECTION, path, 64, 0) if stage == "reward" else load_token_scorer(SECTION, path, zero_head=True)
+    made = tokenizer_for(model.config, path)
+    assert (len(made), made.pad_token_id) == (size, number)
 
 
 def test_gpt2_whose_pad_is_its_eos_scores_the_eos(tmp_path: Path) -> None:

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaForSequenceClassification
+from peft import AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaForSequenceClassification
 
+from rlhf_dist.config.engines import EngineSection
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.config.scoring import ScoringConfig, ScoringModelSection, ScoringRowsSection
+from rlhf_dist.models.loading import load_token_scorer
 from rlhf_dist.rewards.scorer import Comparison, RewardModel, preference
 
 PROMPTS, ANSWERS = ["w1 w2 ", "w3 ", "w4 w5 w6 w7 "], ["w8 w9", "w10 w11 w12 w13", "w14"]
@@ -40,6 +43,60 @@ def test_texts_are_tokenised_together_and_end_with_the_stop_token(scorer: Reward
     expected = [by_hand([*tokenizer(p + a)["input_ids"], tokenizer.eos_token_id]) for p, a in zip(PROMPTS, ANSWERS, strict=True)]
     assert scorer.score(PROMPTS, ANSWERS) == pytest.approx(expected, abs=1e-5)
     assert len({round(value, 4) for value in expected}) == 3  # the fixture tells texts apart
+
+
+@pytest.fixture(params=["pad is eos", "pad is unk", "a pad of its own"])
+def policy(request: Any, pad_is_eos: Any, tiny_model: Path, tmp_path: Path) -> Path:
+    """What a reward model starts from."""
+    if request.param == "pad is eos":
+        return pad_is_eos()  # type: ignore[no-any-return]
+    if request.param == "a pad of its own":
+        return tiny_model
+    AutoTokenizer.from_pretrained(tiny_model, pad_token="<unk>").save_pretrained(tmp_path / "unk")
+    AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(tmp_path / "unk")
+    return tmp_path / "unk"
+
+
+def test_an_adapter_scores_as_the_merged_model(policy: Path, train_judge: Any) -> None:
+    """In texts with their eos and in padded batches; as a value model too. And it can be trained on."""
+    export = train_judge(policy, lora={"r": 2}) / "export"
+    merged, adapter = RewardModel.load(str(export)), RewardModel.load(str(export / "adapter"))
+    want = merged.score(PROMPTS, ANSWERS)
+    assert adapter.score(PROMPTS, ANSWERS) == pytest.approx(want, abs=1e-5)
+    assert [adapter.score([p], [a])[0] for p, a in zip(PROMPTS, ANSWERS, strict=True)] == pytest.approx(want, abs=1e-5)
+    value: Any = load_token_scorer(EngineSection(), str(export / "adapter"), zero_head=False)
+    whole: Any = AutoModelForSequenceClassification.from_pretrained(export)
+    assert all(torch.equal(weight, whole.get_parameter(name)) for name, weight in value.named_parameters())
+    pads, stops = ([getattr(config, key) for config in (value.config, whole.config)] for key in ("pad_token_id", "eos_token_id"))
+    assert pads[0] == pads[1] == AutoTokenizer.from_pretrained(export / "adapter").pad_token_id and stops[0] == stops[1]
+    further = train_judge(export / "adapter", "again", lora={"r": 2}, optim={"lr": 1e-12}) / "export"
+    for folder in (further, further / "adapter"):
+        assert RewardModel.load(str(folder)).score(PROMPTS, ANSWERS) == pytest.approx(want, abs=1e-5)
+
+
+def test_an_adapter_on_a_language_models_adapted_embeddings(pad_is_eos: Any, train_judge: Any, tmp_path: Path) -> None:
+    """The pad's row was added after the first adapter was trained."""
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(pad_is_eos()), LoraConfig(r=2, target_modules=["embed_tokens"], init_lora_weights=False)
+    )
+    adapted.save_pretrained(str(tmp_path / "first"))
+    for name, targets in (("other", ["q_proj"]), ("same", ["embed_tokens"])):
+        export = train_judge(tmp_path / "first", name, lora={"r": 3, "target_modules": targets}) / "export"
+        want = RewardModel.load(str(export)).score(PROMPTS, ANSWERS)
+        assert RewardModel.load(str(export / "adapter")).score(PROMPTS, ANSWERS) == pytest.approx(want, abs=1e-5)
+
+
+def test_peft_scores_as_the_merged_model_once_it_is_told_the_pad(pad_is_eos: Any, train_judge: Any) -> None:
+    """It gives the embeddings their row because of the tokenizer, and leaves the pad of the base in the configuration."""
+    export = train_judge(pad_is_eos(), lora={"r": 2}) / "export"
+    tokenizer = AutoTokenizer.from_pretrained(export / "adapter")
+    model = AutoPeftModelForSequenceClassification.from_pretrained(str(export / "adapter"), num_labels=1).eval()
+    assert model.config.pad_token_id != tokenizer.pad_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id
+    texts = tokenizer(["w1 w2 w3 </s>", "w4 </s>"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        theirs, ours = (each(**texts).logits for each in (model, AutoModelForSequenceClassification.from_pretrained(export)))
+    torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
 
 
 def test_a_stop_token_that_is_there_is_not_doubled(scorer: RewardModel) -> None:

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf_dist.config.engines import EngineSection
+from rlhf_dist.config.errors import UserError
 from rlhf_dist.config.reward_model import RewardModelConfig
 from rlhf_dist.contracts.roles import UpdateRequest
 from rlhf_dist.models.classifier import EncodedTexts, load_classifier
@@ -97,6 +99,47 @@ def test_it_learns(build: Build) -> None:
     worker = build()
     losses = [worker.update(UpdateRequest(((0, 1, 2, 3, 4, 5, 6, 7), (8,)), 9.0)).tally.means()["loss"] for _ in range(8)]
     assert losses[-1] < 0.3 * losses[0] and worker.evaluate(((0, 1, 2),)).means()["accuracy"] == 1.0
+
+
+def first_loss(worker: RewardModelWorker, row: int) -> tuple[float, torch.Tensor]:
+    """The loss of a row before the first step, and the scores of its answers, best first."""
+    judged = worker.judge("train", ((row,),))
+    scores = [judged[0].better, *(pair.worse for pair in judged[: 2 if row == 8 else 1])]
+    loss = worker.update(UpdateRequest(((row,),), 1.0)).tally.means()["loss"]
+    return loss, torch.tensor(scores, dtype=torch.float64)
+
+
+def test_the_configured_ranking_is_what_is_learnt(build: Build) -> None:
+    losses = {}
+    for ranking in ("plackett_luce", "all_pairs"):
+        losses[ranking], s = first_loss(build(reward_model={"ranking": ranking}), 8)
+    closed = {
+        "plackett_luce": s.logsumexp(0) - s[0] + s[1:].logsumexp(0) - s[1],
+        "all_pairs": -logsigmoid(torch.stack([s[0] - s[1], s[0] - s[2], s[1] - s[2]])).mean(),
+    }
+    assert losses == pytest.approx({name: float(loss) for name, loss in closed.items()}, abs=1e-5)
+    assert losses["plackett_luce"] > 2 * losses["all_pairs"], "near ln 6 and ln 2"
+
+
+def test_the_configured_centring_and_margins_are_what_is_learnt(build: Build) -> None:
+    plain, s = first_loss(build(), 3)
+    assert plain == pytest.approx(float(-logsigmoid(s[0] - s[1])), abs=1e-5)
+    for centring in (0.5, 30.0):
+        loss, _ = first_loss(build(reward_model={"centring": centring}), 3)
+        assert loss == pytest.approx(plain + centring * float(s.sum()) ** 2, rel=1e-4)
+        assert loss > plain + 1e-4, "or the scores are too near 0 to tell"
+    loss, _ = first_loss(build(reward_model={"margins": True}), 3)
+    assert loss == pytest.approx(float(-logsigmoid(s[0] - s[1] - 3.0)), abs=1e-5)
+
+
+def test_margins_that_no_row_has_are_refused(build: Build) -> None:
+    bare = [{key: value for key, value in row.items() if key != "margin"} for row in PAIRS]
+    soft = {"prompt": "w1", "response_a": " w2", "response_b": " w3"}
+    assert build().describe().facts["rows with a margin"] == 7, "one of the eight margins is 0, the ranking has none"
+    assert build(bare).describe().facts["rows with a margin"] == 0, "nothing is wrong as long as nobody asks"
+    for rows in (bare, [row | {"margin": 0.0} for row in PAIRS], [soft | {"p": 0.8, "margin": 2.0}]):
+        with pytest.raises(UserError, match="training rows is a pair with a hard label and a margin"):
+            build(rows, reward_model={"margins": True})
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -1,4 +1,4 @@
-"""One rank: full, LoRA and QLoRA training of a policy and a value model over the ZeRO stages; saves checkpoints, rank 0 the exports.
+"""One rank: full, LoRA and QLoRA training of policy, value and reward model over the ZeRO stages; saves checkpoints, rank 0 the exports.
 
 One rank alone trains at ZeRO 0: what the others are held against.
 
@@ -22,9 +22,10 @@ from rlhf_dist.engines.process import start_process_group, stop_process_group
 from rlhf_dist.models.loading import load_causal_lm, load_token_scorer
 from rlhf_dist.models.lora import add_adapter
 from rlhf_dist.models.policy import PolicyModule
+from rlhf_dist.models.reward_model import load_reward_model
 from rlhf_dist.models.value import ValueModule
 
-STAGES = {"full": range(4), "qlora": range(4), "lora": (0, 2), "value": (0, 3)}
+STAGES = {"full": range(4), "qlora": range(4), "lora": (0, 2), "value": (0, 3), "reward": (0, 3)}
 CASES = [(kind, "fp32", stage) for kind, stages in STAGES.items() for stage in stages]
 HALF = [("full", "bf16", 2), ("qlora", "bf16", 3)]
 ROWS = 6
@@ -49,6 +50,9 @@ def module(kind: str, dtype: str, model: str) -> object:
     section = EngineSection(dtype=dtype, quantize="nf4" if kind in ("qlora", "value") else "none")
     if kind == "value":
         return ValueModule(add_adapter(load_token_scorer(section, model, zero_head=True), LoraSection(r=2), 1, head="score"))
+    if kind == "reward":  # read as a value model is: with a row added for its pad, and with adapted embeddings
+        lora = LoraSection(r=2, target_modules=["embed_tokens", "q_proj"])
+        return ValueModule(add_adapter(load_reward_model(section, model, 64, 1), lora, 1, head="score"))
     loaded = load_causal_lm(section, model)
     return PolicyModule(loaded if kind == "full" else add_adapter(loaded, LoraSection(r=2), 1))
 
