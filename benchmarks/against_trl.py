@@ -132,10 +132,18 @@ def make_job(folder: Path, workload: dict[str, Any], iterations: int, threads: i
     draw = random.Random(1)
     location = torch.tensor(workload["limit"] / 3).log().item() - SPREAD**2 / 2
     generator = torch.Generator().manual_seed(1)
-    drawn = torch.empty(workload["rows"]).log_normal_(location, SPREAD, generator=generator).round().clamp(2, workload["limit"]).int().tolist()
+    drawn = (
+        torch.empty(workload["rows"]).log_normal_(location, SPREAD, generator=generator).round().clamp(2, workload["limit"]).int().tolist()
+    )
     lengths = drawn if workload["ragged"] else [workload["limit"]] * workload["rows"]
     prompts = [[1, *(draw.randrange(3, VOCABULARY) for _ in range(draw.randrange(7, LONGEST_PROMPT)))] for _ in lengths]
-    job = {"policy": str(folder / "policy"), "scorer": str(folder / "scorer"), "folder": str(folder), "prompts": prompts, "lengths": lengths}
+    job = {
+        "policy": str(folder / "policy"),
+        "scorer": str(folder / "scorer"),
+        "folder": str(folder),
+        "prompts": prompts,
+        "lengths": lengths,
+    }
     job |= {"dtype": workload["dtype"], "minibatches": workload["minibatches"], "iterations": iterations, "threads": threads}
     job["workload"] = workload | {"tokens": sum(lengths), "prompt_tokens": sum(map(len, prompts))}
     path = folder / "job.json"

@@ -52,10 +52,10 @@ class Turns(TrainerCallback):
     def __init__(self, clock: dict[str, float]) -> None:
         self.clock = clock
 
-    def on_train_begin(self, *args, **kwargs) -> None:  # noqa: ANN002, ANN003
+    def on_train_begin(self, *args, **kwargs) -> None:
         self.wait()
 
-    def on_step_end(self, *args, **kwargs) -> None:  # noqa: ANN002, ANN003
+    def on_step_end(self, *args, **kwargs) -> None:
         line = {"seconds": time.perf_counter() - self.began, "generate": self.clock.pop("generate", 0.0)}
         print("ITERATION " + json.dumps(line), flush=True)
         self.wait()
@@ -77,7 +77,7 @@ def main() -> None:
     clock: dict[str, float] = {}
     plain = policy.generate
 
-    def generate(*args, **kwargs):  # noqa: ANN002, ANN003, ANN202
+    def generate(*args, **kwargs):
         width = kwargs["input_ids"].shape[1]
         rows = [forced[tuple(row[row != tokenizer.pad_token_id].tolist())] for row in kwargs["input_ids"]]
         began = time.perf_counter()

@@ -9,9 +9,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from rlhf_dist.cli.scoring import Job, ModelFolder, Settings, as_prompt, load_model, one_way, score_file, settings
+from rlhf_dist.cli.scoring import Job, ModelFolder, Settings, as_prompt, load_model, one_way, score_file, settings, writes_rows
 
 
+@writes_rows
 def compare(
     model: ModelFolder,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="text of the prompt")] = None,
@@ -72,14 +73,18 @@ class _Agreement:
 
     def lines(self) -> list[str]:
         """What was seen."""
+        from rlhf_dist.evaluation.judged import counted
         from rlhf_dist.evaluation.proportion import clustered_share
         from rlhf_dist.evaluation.report_facts import shown
 
-        ties = [f"{self._ties} ties in the labels, in no share"] if self._ties else []
+        ties = [f"{counted(self._ties, 'tie')} in the labels, in no share"] if self._ties else []
         if not self._right:
             return ties
         share = clustered_share(self._right, self._prompts)
-        return [f"the better answer scores higher: {shown(share)} of {share.n} rows (95 % interval; `rlhf-dist report` says more)", *ties]
+        return [
+            f"the better answer scores higher: {shown(share)} of {counted(share.n, 'row')} (95 % interval; `rlhf-dist report` says more)",
+            *ties,
+        ]
 
 
 def _ranking(positions: tuple[int, ...], scores: list[float]) -> dict[str, Any]:

@@ -23,7 +23,10 @@ from rlhf_dist.cli import reward as reward_command
 from rlhf_dist.cli import score as score_command
 from rlhf_dist.cli import sft as sft_command
 from rlhf_dist.cli import toy as toy_command
+from rlhf_dist.cli.interrupts import Interrupted
 from rlhf_dist.config.errors import UserError
+
+CTRL_C = 130
 
 app = typer.Typer(
     name="rlhf-dist",
@@ -65,9 +68,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rank = f" (rank {os.environ['RANK']})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
         Console(stderr=True, soft_wrap=True).print(Text(f"error{rank}: ", style="bold red") + Text(str(error)))
         raise SystemExit(2) from None
+    except Interrupted as interrupted:
+        _say_once(str(interrupted))
+        raise SystemExit(CTRL_C) from None
     except SystemExit as ended:
+        if ended.code == CTRL_C:
+            _say_once("interrupted")
         if ended.code:
             raise
+
+
+def _say_once(text: str) -> None:
+    """All ranks of a launcher are interrupted together; the first speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        Console(stderr=True, soft_wrap=True).print(Text(text))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from rlhf_dist.cli.interrupts import naming
 from rlhf_dist.cli.programs import Program
 from rlhf_dist.runs.folder import RunFolder
 from rlhf_dist.runs.progress import BufferedReporter, ConsoleReporter, Event, replay
@@ -38,7 +39,8 @@ def run_under_ray(program: Program) -> Path:
         actor = remote.options(num_cpus=0, max_concurrency=2, scheduling_strategy=here).remote(program, str(root), os.getcwd())
         reporter = ConsoleReporter()
         try:
-            _follow(actor, actor.run.remote(), reporter)
+            with naming(root):
+                _follow(actor, actor.run.remote(), reporter)
         finally:
             reporter.close()
             ray.kill(actor)

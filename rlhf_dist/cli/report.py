@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rlhf_dist.cli.outputs import Overwrite, check_output_folder, mendable
 from rlhf_dist.cli.scoring import CHUNK_ROWS, ModelFolder, Settings, load_model, progress, settings
-from rlhf_dist.config.errors import UserError
 from rlhf_dist.config.scoring import ScoringConfig
 from rlhf_dist.config.supervised import RowsSection
 
@@ -31,12 +31,12 @@ def report(
     out: Annotated[Path, typer.Option("--out", "-o", help="folder to write report.html and report.json to")],
     train_data: Annotated[list[Path] | None, typer.Option("--train-data", help="comparisons it was trained on; 2,000 are drawn")] = None,
     title: Annotated[str | None, typer.Option("--title", help="of the page")] = None,
+    overwrite: Overwrite = False,
     overrides: Settings = None,
 ) -> None:
     """Judges held-out comparisons and reports: accuracy beside trivial rules, calibration, overfitting, bias to length."""
     config = settings(overrides)
-    if out.exists() and not out.is_dir():
-        raise UserError("the report is a folder, and there is a file of this name", where=str(out), fix="give --out another name")
+    check_output_folder(out, overwrite=overwrite)
     loaded = load_model(model, config)
     from rlhf_dist.evaluation.report_html import write_report
     from rlhf_dist.evaluation.reward_report import reward_report
@@ -45,7 +45,8 @@ def report(
     held_out, fates = _judged(loaded, data, config)
     train, train_fates = _judged(loaded, train_data, config, TRAIN_SAMPLE) if train_data else ([], {})
     made = reward_report(held_out, train, fates, train_fates)
-    page = write_report(made, out, title or f"Reward model {model} on {', '.join(path.name for path in data)}")
+    with mendable(out):
+        page = write_report(made, out, title or f"Reward model {model} on {', '.join(path.name for path in data)}")
     Console().print(table_of(made))
     print(f"report: {page}")
 

@@ -11,9 +11,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from rlhf_dist.cli.scoring import Job, ModelFolder, Settings, as_prompt, load_model, one_way, score_file, settings
+from rlhf_dist.cli.scoring import Job, ModelFolder, Settings, as_prompt, load_model, one_way, score_file, settings, writes_rows
 
 
+@writes_rows
 def score(
     model: ModelFolder,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="text of the prompt")] = None,

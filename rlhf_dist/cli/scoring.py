@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from rlhf_dist.cli.outputs import Overwrite, check_output_file, mendable
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.config.loading import load_config
 from rlhf_dist.config.scoring import ScoringConfig
@@ -84,6 +87,28 @@ def load_model(folder: str, config: ScoringConfig) -> RewardModel:
     return RewardModel.from_config(folder, config)
 
 
+def writes_rows(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with an option `--overwrite`; its `--output` is looked at before it begins: the model takes its time to load.
+
+    Raises:
+        UserError: the output may not be written (`cli.outputs`), or is the `--data` that is read.
+    """
+
+    @functools.wraps(command)
+    def checked(*, overwrite: bool, **given: Any) -> None:
+        if given["output"] is not None and given["data"] is not None:
+            from rlhf_dist.data.writing import refuse_overwriting
+
+            refuse_overwriting(given["output"], [str(given["data"])])
+            check_output_file(given["output"], overwrite=overwrite)
+        command(**given)
+
+    shown: Any = inspect.signature(command, eval_str=True)
+    added = inspect.Parameter("overwrite", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Overwrite)
+    checked.__signature__ = shown.replace(parameters=[*shown.parameters.values(), added])  # type: ignore[attr-defined]
+    return checked
+
+
 def one_way(single: Sequence[object], files: Sequence[object], names: tuple[str, str]) -> bool:
     """Whether one text was given on the command line, and not a file.
 
@@ -107,14 +132,13 @@ def score_file(model: RewardModel, job: Job, columns: Callable[[Any, list[float]
 
     Raises:
         UserError: an unreadable file, another layout, a faulty or too long row where that is an error, a column that the rows already have,
-            no row left, a score that is not finite.
+            no row left, a score that is not finite, a disk that takes no more.
     """
     from rlhf_dist.data.validation import ReadCounts
-    from rlhf_dist.data.writing import RowWriter, refuse_overwriting
+    from rlhf_dist.data.writing import RowWriter
 
-    refuse_overwriting(job.output, [str(job.data)])
     outcome = Outcome(ReadCounts())
-    with RowWriter(job.output) as writer, progress() as advance:
+    with mendable(job.output), RowWriter(job.output) as writer, progress() as advance:
         encoded = _encoded(model, job, outcome)
         while chunk := list(itertools.islice(encoded, CHUNK_ROWS)):
             scores = iter(model.score_rows([row for _, _, rows in chunk for row in rows]))

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
+from rlhf_dist.cli.interrupts import naming
 from rlhf_dist.cli.programs import Program, program_of
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.engines.process import Rank, free_port, launched_world_size, start_process_group, stop_process_group
@@ -35,7 +36,7 @@ def run_under_launcher(program: Program) -> tuple[Path, bool]:
         root = agree(rank, lambda: _prepare(program))
         recorder = Recorder(RunFolder.open(root) if rank.rank == 0 else None)
         reporter = ConsoleReporter() if rank.rank == 0 else NullReporter()
-        with closing(recorder), closing(reporter), spmd_groups(program, rank) as groups:
+        with naming(root), closing(recorder), closing(reporter), spmd_groups(program, rank) as groups:
             program.run(groups, recorder, reporter)
         return root, rank.rank == 0
     finally:

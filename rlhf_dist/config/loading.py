@@ -22,12 +22,13 @@ def load_config(kind: type[C], path: str | Path | None, overrides: Sequence[str]
     Args:
         kind: the root model, for example `PPOConfig`.
         path: YAML file; None starts from nothing.
-        overrides: `key.path=value`; the value is YAML, the key may index lists (`reward.sources.0.weight=2`).
+        overrides: `key.path=value`; the value is YAML, the key may index lists (`reward.sources.0.weight=2`). Nothing behind the `=` is
+            the empty text for a key that takes text, otherwise null.
 
     Raises:
         UserError: unreadable file, unknown key (with the nearest name), wrong type or range.
     """
-    values = read_values(path, overrides)
+    values = read_values(path, overrides, kind)
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -38,15 +39,18 @@ def load_config(kind: type[C], path: str | Path | None, overrides: Sequence[str]
         ) from None
 
 
-def read_values(path: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def read_values(path: str | Path | None, overrides: Sequence[str] = (), kind: type[BaseModel] | None = None) -> dict[str, Any]:
     """What file and overrides say, not yet validated.
+
+    Args:
+        kind: the root model, where it is known: it tells which keys take text.
 
     Raises:
         UserError: unreadable file, or an override that fits nowhere.
     """
     values = _read_yaml(Path(path)) if path is not None else {}
     for override in overrides:
-        _apply(values, override)
+        _apply(values, override, kind)
     return values
 
 
@@ -71,12 +75,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def _apply(values: dict[str, Any], override: str, kind: type[BaseModel] | None) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise UserError(f"not an override: {override!r}", where="command line", fix="write key.path=value, for example run.steps=10")
     try:
-        value = _number(yaml.safe_load(text))
+        value = "" if not text.strip() and _takes_text(kind, key) else _number(yaml.safe_load(text))
     except yaml.YAMLError:
         raise UserError(f"the value of {key} is not YAML: {text!r}", where="command line", fix="quote it") from None
     node: Any = values
@@ -84,6 +88,13 @@ def _apply(values: dict[str, Any], override: str) -> None:
     for depth, part in enumerate(parents):
         node = _descend(node, part, ".".join(parents[: depth + 1]))
     _put(node, last, value, key)
+
+
+def _takes_text(kind: type[BaseModel] | None, key: str) -> bool:
+    """Whether text, and not null, may stand at the key."""
+    *parents, last = key.split(".")
+    kinds = [] if kind is None else _walk(kind, parents)[0]
+    return any(last in each.model_fields and each.model_fields[last].annotation is str for each in kinds)
 
 
 def _number(value: Any) -> Any:

@@ -27,6 +27,12 @@ class RowFacts:
     facts: dict[str, Any] = field(default_factory=dict)
     eval_fates: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def train_fates(self) -> dict[str, int]:
+        """Of `fates`, what befell training rows."""
+        rest = {reason: count - self.eval_fates.get(reason, 0) for reason, count in self.fates.items()}
+        return {reason: count for reason, count in rest.items() if count}
+
 
 class SupervisedRole(Protocol):
     """One model that learns from rows it has read itself; rows are named by number, the same on every rank."""

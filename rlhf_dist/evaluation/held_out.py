@@ -11,9 +11,12 @@ import pyarrow as pa
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.contracts.experience import StopReason
 from rlhf_dist.evaluation.interval import MeanInterval, clustered_mean
+from rlhf_dist.evaluation.proportion import clustered_share, paired_share_difference
 from rlhf_dist.runs.rollout_log import REWARD, reward_names
 
 REWARDS = "rewards/"
+SHARES = ("stop_rate",)
+"""Quantities between 0 and 1: their intervals end there too."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def summarise(samples: HeldOutSamples) -> EvaluationResult:
     for name, values in samples.quantities().items():
         present = [(value, prompt) for value, prompt in zip(values, samples.prompt_ids, strict=True) if value is not None]
         if present:
-            means[name] = clustered_mean(*zip(*present, strict=True))
+            means[name] = (clustered_share if name in SHARES else clustered_mean)(*zip(*present, strict=True))
         if len(present) < len(values):
             missing[name] = len(values) - len(present)
     if "score" not in means:
@@ -120,12 +123,14 @@ def paired_differences(before: HeldOutSamples, after: HeldOutSamples) -> dict[st
     differences: dict[str, MeanInterval] = {}
     for name, values in before.quantities().items():
         both = [
-            (right - left, prompt)
+            (right, left, prompt)
             for left, right, prompt in zip(values, others.get(name, [None] * len(values)), before.prompt_ids, strict=True)
             if left is not None and right is not None
         ]
-        if both:
-            differences[name] = clustered_mean(*zip(*both, strict=True))
+        if both and name in SHARES:
+            differences[name] = paired_share_difference(*zip(*both, strict=True))
+        elif both:
+            differences[name] = clustered_mean([right - left for right, left, _ in both], [prompt for *_, prompt in both])
     return differences
 
 

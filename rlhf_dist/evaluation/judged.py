@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import TYPE_CHECKING, TypeAlias
@@ -16,6 +16,20 @@ if TYPE_CHECKING:
 
 RowFates: TypeAlias = dict[str, int]
 """Rows that were dropped or cut, by reason, such as {"dropped: longer than data.max_tokens": 31}."""
+
+
+def in_words(fates: Mapping[str, int]) -> str:
+    """`dropped: 31 longer than data.max_tokens, 2 empty prompt; cut: 4 …`: the rows of each fate, by reason."""
+    reasons: dict[str, list[str]] = {}
+    for name, count in fates.items():
+        fate, _, reason = name.partition(": ")
+        reasons.setdefault(fate, []).append(f"{count:,} {reason}".rstrip())
+    return "; ".join(f"{fate}: {', '.join(each)}" for fate, each in reasons.items())
+
+
+def counted(count: int, thing: str) -> str:
+    """`1 tie`, `1,200 ties`."""
+    return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 
+import numpy as np
 from scipy.special import stdtrit
 
 from rlhf_dist.evaluation.interval import CONFIDENCE, MeanInterval, clustered_mean
@@ -34,17 +35,48 @@ def clustered_share(values: Sequence[float], clusters: Sequence[Hashable]) -> Me
     return MeanInterval(plain.mean, low, high, plain.n, plain.clusters)
 
 
-def share_difference(one: MeanInterval, other: MeanInterval) -> tuple[float, float | None, float | None]:
-    """`one` − `other` of two independent samples, and its 95 % interval (Newcombe 1998, method 10: from the two Wilson intervals).
+def paired_share_difference(one: Sequence[float], other: Sequence[float], clusters: Sequence[Hashable]) -> MeanInterval:
+    """Mean of `one` − `other`, two values in [0, 1] measured on each sample, clustered, with a 95 % interval within [−1, 1].
+
+    From the two Wilson intervals and the correlation of the two over clusters (Newcombe 1998, Statistics in Medicine 17:2635); where one
+    of them does not vary, the correlation counts as 0. Student's interval over the differences has no bounds.
+
+    Raises:
+        ValueError: as `clustered_share`.
+    """
+    shares = [clustered_share(values, clusters) for values in (one, other)]
+    mean, low, high = share_difference(shares[0], shares[1], _correlation(one, other, clusters))
+    return MeanInterval(mean, low, high, shares[0].n, shares[0].clusters)
+
+
+def share_difference(one: MeanInterval, other: MeanInterval, correlation: float = 0.0) -> tuple[float, float | None, float | None]:
+    """`one` − `other`, and its 95 % interval (Newcombe 1998, method 10: from the two Wilson intervals).
 
     Low and high are None where one of the two has no interval.
+
+    Args:
+        correlation: of the two estimates; 0 for independent samples.
     """
     difference = one.mean - other.mean
     if one.low is None or one.high is None or other.low is None or other.high is None:
         return difference, None, None
-    below = math.hypot(one.mean - one.low, other.high - other.mean)
-    above = math.hypot(one.high - one.mean, other.mean - other.low)
+    below = _joined(one.mean - one.low, other.high - other.mean, correlation)
+    above = _joined(one.high - one.mean, other.mean - other.low, correlation)
     return difference, difference - below, difference + above
+
+
+def _joined(a: float, b: float, correlation: float) -> float:
+    return math.sqrt(max(0.0, a * a + b * b - 2 * correlation * a * b))
+
+
+def _correlation(one: Sequence[float], other: Sequence[float], clusters: Sequence[Hashable]) -> float:
+    """Pearson's, of the means of the clusters; 0 where one of the two does not vary."""
+    numbers = {cluster: number for number, cluster in enumerate(dict.fromkeys(clusters))}
+    places = np.array([numbers[cluster] for cluster in clusters])
+    means = np.stack([np.bincount(places, values) for values in (one, other)]) / np.bincount(places)
+    centred = means - means.mean(1, keepdims=True)
+    norms = np.sqrt((centred**2).sum(1)).prod()
+    return float(np.clip(centred.prod(0).sum() / norms, -1, 1)) if norms > 1e-12 else 0.0
 
 
 def _effective(plain: MeanInterval, error: float) -> float:

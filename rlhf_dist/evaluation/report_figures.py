@@ -15,7 +15,7 @@ import plotly.graph_objects as go
 from rlhf_dist.evaluation.calibration import Calibration
 from rlhf_dist.evaluation.interval import MeanInterval
 from rlhf_dist.evaluation.report_facts import shown
-from rlhf_dist.evaluation.reward_report import Bucket, LengthFigures, RewardReport, ScoreFigures
+from rlhf_dist.evaluation.reward_report import Bucket, LengthFigures, RewardReport, ScoreFigures, SplitFigures
 
 MODEL, TRAIN, RULE, PLAIN, WORSE = "#3b82f6", "#8b5cf6", "#64748b", "#8a94a6", "#d97706"
 MAX_BUCKETS = 15
@@ -27,7 +27,7 @@ ROW_HEIGHT = 38
 def accuracy_figure(report: RewardReport) -> go.Figure:
     """The model on held-out and on train comparisons, and the rules that read nothing, each with its interval."""
     bars = [("held out", report.held_out.accuracy, MODEL)]
-    bars += [("train", report.train.accuracy, TRAIN)] if report.train else []
+    bars += [("train", report.train.accuracy, TRAIN)] if isinstance(report.train, SplitFigures) else []
     bars += [(name, interval, RULE) for name, interval in report.baselines.items()]
     names, intervals, colours = zip(*bars, strict=True)
     figure = go.Figure(

@@ -11,6 +11,7 @@ import jinja2
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from rlhf_dist.evaluation.judged import counted
 from rlhf_dist.evaluation.report_facts import correlation, headline, number, rows_of_sides, shown
 from rlhf_dist.evaluation.report_figures import (
     MAX_BUCKETS,
@@ -95,7 +96,7 @@ def _pictures(report: RewardReport) -> list[Picture]:
             "Score against answer length",
             f"Good: a flat cloud. A rising line is a model that a policy can please by writing more. Pearson "
             f"{correlation(report.lengths.pearson)}, Spearman {correlation(report.lengths.spearman)}; "
-            f"{len(report.lengths.points):,} answers drawn.",
+            f"{counted(len(report.lengths.points), 'answer')} drawn.",
             length_figure(report.lengths),
         ),
     ]
@@ -103,7 +104,7 @@ def _pictures(report: RewardReport) -> list[Picture]:
 
 def _bucket_pictures(report: RewardReport) -> list[Picture]:
     drawn = f" The {MAX_BUCKETS} largest are drawn." if len(report.by_source) > MAX_BUCKETS else ""
-    without = f" {report.without_margin:,} comparisons have no margin." if report.without_margin else ""
+    without = f" Without a margin: {counted(report.without_margin, 'comparison')}." if report.without_margin else ""
     kinds = (
         (
             "source",

@@ -8,7 +8,7 @@ same, and its interval is Wilson's, clustered by prompt (`proportion.clustered_s
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.evaluation.calibration import Calibration, calibrate
 from rlhf_dist.evaluation.interval import MeanInterval, clustered_mean
-from rlhf_dist.evaluation.judged import JudgedPair, PairColumns, RowFates
-from rlhf_dist.evaluation.proportion import clustered_share, share_difference
+from rlhf_dist.evaluation.judged import JudgedPair, PairColumns, RowFates, counted, in_words
+from rlhf_dist.evaluation.proportion import clustered_share, paired_share_difference, share_difference
 
 HISTOGRAM_BINS = 30
 MAX_POINTS = 2000
@@ -27,20 +27,28 @@ LONGER, SHORTER, RANDOM = "longer answer wins", "shorter answer wins", "random"
 
 
 @dataclass(frozen=True)
-class SplitFigures:
-    """One side of the split.
+class SideRows:
+    """What stands on one side of the split: perhaps nothing that a figure could be made of.
 
     pairs: comparisons, of which `ties` have a label that prefers neither: they are in no accuracy. equal_scores: of the others.
-    log_loss: −log σ(r_better − r_worse) in nats, soft labels by their probability, ties included; ln 2 = 0.693 knows nothing.
     """
 
     pairs: int
     ties: int
     equal_scores: int
     prompts: int
+    fates: RowFates
+
+
+@dataclass(frozen=True)
+class SplitFigures(SideRows):
+    """One side of the split with its figures.
+
+    log_loss: −log σ(r_better − r_worse) in nats, soft labels by their probability, ties included; ln 2 = 0.693 knows nothing.
+    """
+
     accuracy: MeanInterval
     log_loss: MeanInterval
-    fates: RowFates
 
 
 @dataclass(frozen=True)
@@ -93,14 +101,15 @@ class LengthFigures:
 class RewardReport:
     """Everything the report shows; figures are held-out unless they say train.
 
+    train: None where no such rows were given; without figures where none of them prefers an answer.
     baselines: accuracy of rules that read nothing, on the same comparisons; `random` is exactly one half.
-    best_baseline: the best of them; over_baseline: accuracy of the model − its, paired by comparison.
+    best_baseline: the best of them; over_baseline: accuracy of the model − its, paired by comparison, within [−1, 1].
     by_margin: quartiles of the margin; empty where the data tell none, and `without_margin` counts those comparisons.
     by_length: quartiles of the longer answer's tokens. by_length_difference: the better answer much or slightly shorter or longer.
     """
 
     held_out: SplitFigures
-    train: SplitFigures | None
+    train: SideRows | None
     gap: Gap | None
     baselines: dict[str, MeanInterval]
     best_baseline: str
@@ -139,24 +148,26 @@ def reward_report(
     decided = pairs.select(~pairs.tie_N)
     if not len(decided):
         raise UserError(
-            f"no held-out comparison prefers one of its answers ({len(pairs)} ties)",
-            where="reward report",
-            fix="hold out more rows (data.eval, data.eval_fraction), with labels that prefer one answer",
+            _nothing_held_out(len(pairs), fates), where="reward report", fix="give more rows, with labels that prefer one answer"
         )
     figures = _split(pairs, fates)
     trained = _split(seen, train_fates) if np.any(~seen.tie_N) else None
+    rows = _rows(seen, train_fates) if len(seen) or train_fates else None
     rules = _rules(decided)
     prompts, right_N = decided.prompt_N.tolist(), _right(decided.difference_N)
     baselines = {name: clustered_share(values.tolist(), prompts) for name, values in rules.items()}
-    best = max(baselines, key=lambda name: baselines[name].mean)
+    baselines[RANDOM] = MeanInterval(0.5, 0.5, 0.5, len(decided), figures.accuracy.clusters)
+    best = max(baselines, key=lambda name: (baselines[name].mean, name == RANDOM))
     margins = decided.select(~np.isnan(decided.margin_N))
     return RewardReport(
         held_out=figures,
-        train=trained,
+        train=trained or rows,
         gap=None if trained is None else _gap(trained.accuracy, figures.accuracy),
-        baselines=baselines | {RANDOM: MeanInterval(0.5, 0.5, 0.5, len(decided), figures.accuracy.clusters)},
+        baselines=baselines,
         best_baseline=best,
-        over_baseline=clustered_mean((right_N - rules[best]).tolist(), prompts),
+        over_baseline=_over(figures.accuracy, baselines[RANDOM])
+        if best == RANDOM
+        else paired_share_difference(right_N.tolist(), rules[best].tolist(), prompts),
         calibration=calibrate(pairs),
         by_source=_by_source(decided),
         by_margin=_quartiles(margins, margins.margin_N),
@@ -175,21 +186,31 @@ def _right(difference_N: NDArray[Any]) -> NDArray[np.float64]:
 
 def _rules(decided: PairColumns) -> dict[str, NDArray[np.float64]]:
     longer_N = _right(decided.better_tokens_N - decided.worse_tokens_N)
-    return {LONGER: longer_N, SHORTER: 1 - longer_N, RANDOM: np.full(len(decided), 0.5)}
+    return {LONGER: longer_N, SHORTER: 1 - longer_N}
+
+
+def _rows(pairs: PairColumns, fates: Mapping[str, int] | None) -> SideRows:
+    decided = pairs.select(~pairs.tie_N)
+    ties, equal = len(pairs) - len(decided), int((decided.difference_N == 0).sum())
+    return SideRows(len(pairs), ties, equal, len(set(pairs.prompt_N.tolist())), dict(fates or {}))
 
 
 def _split(pairs: PairColumns, fates: Mapping[str, int] | None) -> SplitFigures:
-    decided = pairs.select(~pairs.tie_N)
     loss_N = np.logaddexp(0, -pairs.difference_N) + (1 - pairs.probability_N) * pairs.difference_N
-    return SplitFigures(
-        pairs=len(pairs),
-        ties=len(pairs) - len(decided),
-        equal_scores=int((decided.difference_N == 0).sum()),
-        prompts=len(set(pairs.prompt_N.tolist())),
-        accuracy=_accuracy(decided),
-        log_loss=clustered_mean(loss_N.tolist(), pairs.prompt_N.tolist()),
-        fates=dict(fates or {}),
-    )
+    loss = clustered_mean(loss_N.tolist(), pairs.prompt_N.tolist())
+    if loss.low is not None:
+        loss = replace(loss, low=max(0.0, loss.low))  # no comparison costs less, whatever Student's interval says of a few
+    return SplitFigures(**vars(_rows(pairs, fates)), accuracy=_accuracy(pairs.select(~pairs.tie_N)), log_loss=loss)
+
+
+def _nothing_held_out(ties: int, fates: Mapping[str, int] | None) -> str:
+    if not ties and fates:
+        return f"all held-out rows were {in_words(fates)}"
+    return f"no held-out comparison prefers one of its answers ({counted(ties, 'tie')})"
+
+
+def _over(accuracy: MeanInterval, baseline: MeanInterval) -> MeanInterval:
+    return MeanInterval(*share_difference(accuracy, baseline), accuracy.n, accuracy.clusters)
 
 
 def _accuracy(pairs: PairColumns) -> MeanInterval:

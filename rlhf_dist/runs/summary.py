@@ -93,6 +93,8 @@ def headline(summary: Mapping[str, Any]) -> list[str]:
         lines.append(f"held-out reward {_interval(held_out['before']['score'])} -> {_interval(held_out['after']['score'])}")
     if summary.get("kl") is not None:
         lines.append(f"kl per sequence {summary['kl']:.2f} nats")
+    if summary.get("best"):
+        lines.append(f"best on held-out rows: step {summary['best_step']}: {summary['best']}")
     if summary.get("dropped"):
         lines.append("dropped samples: " + ", ".join(f"{count} {reason}" for reason, count in summary["dropped"].items()))
     return lines

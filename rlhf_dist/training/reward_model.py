@@ -10,12 +10,13 @@ from typing import Any
 
 from rlhf_dist.contracts.supervised import RewardModelRole, Side
 from rlhf_dist.data.schedule import assign
-from rlhf_dist.evaluation.judged import JudgedPair
+from rlhf_dist.evaluation.judged import JudgedPair, in_words
 from rlhf_dist.evaluation.report_facts import headline, rows_of_sides
-from rlhf_dist.evaluation.reward_report import RewardReport, reward_report
+from rlhf_dist.evaluation.reward_report import RewardReport, SplitFigures, reward_report
 from rlhf_dist.training.supervised import Setting, Stage
 
 TRAIN_SAMPLE, SAMPLE_SEED = 2000, 0
+NO_HELD_OUT = "there are no held-out rows: set data.eval or data.eval_fraction (a small share of few rows may hold out none)"
 
 
 def report(setting: Setting) -> dict[str, Any]:
@@ -26,14 +27,14 @@ def report(setting: Setting) -> dict[str, Any]:
     """
     facts = setting.facts
     if not facts.eval_lengths:
-        return {"report": {"none": "there are no held-out rows: set data.eval or data.eval_fraction"}}
+        why = f"all held-out rows were {in_words(facts.eval_fates)}" if facts.eval_fates else NO_HELD_OUT
+        return {"report": {"none": why}}
     held_out = _judged(setting, "eval", range(len(facts.eval_lengths)), facts.eval_lengths)
     trained = range(len(facts.lengths))
     train = _judged(setting, "train", random.Random(SAMPLE_SEED).sample(trained, min(TRAIN_SAMPLE, len(trained))), facts.lengths)
     if all(pair.probability == 0.5 for pair in held_out):
         return {"report": {"none": "all held-out rows are labelled as ties"}}
-    seen = {reason: count - facts.eval_fates.get(reason, 0) for reason, count in facts.fates.items()}
-    made = reward_report(held_out, train, facts.eval_fates, {reason: count for reason, count in seen.items() if count})
+    made = reward_report(held_out, train, facts.eval_fates, facts.train_fates)
     return {"report": _figures(made) | _written(made, setting.recorder.report_path())}
 
 
@@ -45,7 +46,7 @@ def _figures(made: RewardReport) -> dict[str, Any]:
         "baselines": {name: asdict(accuracy) for name, accuracy in made.baselines.items()},
         "best_baseline": made.best_baseline,
         "over_baseline": asdict(made.over_baseline),
-        "train_accuracy": asdict(made.train.accuracy) if made.train else None,
+        "train_accuracy": asdict(made.train.accuracy) if isinstance(made.train, SplitFigures) else None,
         "gap": asdict(made.gap) if made.gap else None,
         "ece": made.calibration.ece,
         "facts": [asdict(fact) for fact in headline(made)],

@@ -20,10 +20,15 @@ from rlhf_dist.contracts.roles import UpdateInfo, UpdateRequest
 from rlhf_dist.contracts.supervised import RowFacts, SupervisedRole
 from rlhf_dist.contracts.tally import merged
 from rlhf_dist.data.schedule import Microbatches, assign, minibatch_rows
+from rlhf_dist.evaluation.judged import in_words
 from rlhf_dist.runs.clock import Clock
 from rlhf_dist.runs.progress import Reporter
 from rlhf_dist.runs.recorder import Recorder
 from rlhf_dist.runs.summary import config_hash, versions
+
+UNTRAINED_IS_BEST = (
+    "no step made the held-out metric better than before training, so there is no export/best; export/model is the last step"
+)
 
 
 @dataclass(frozen=True)
@@ -113,10 +118,12 @@ class SupervisedLoop:
         self._facts = self.group.collect(self.group.submit(SupervisedRole.describe, [()] * self.group.world_size))[0]
         rows = len(self._facts.lengths)
         if not rows:
-            raise UserError("no row is left to train on", where="data.train", fix=f"rows dropped: {self._facts.fates or 'none'}")
+            raise _nothing_left(self._facts.train_fates)
         self._steps_per_epoch, total = self._training.steps_per_epoch(rows), self._training.total_steps(rows)
         shown = {"rows": rows, "held-out rows": len(self._facts.eval_lengths), "optimizer steps": total, "ranks": self.group.world_size}
         self.reporter.started(self._facts.facts | shown | self._facts.fates)
+        if self._facts.eval_fates and not self._facts.eval_lengths:
+            self.reporter.message(f"nothing will be evaluated: all held-out rows were {in_words(self._facts.eval_fates)}")
         return total
 
     def _phase(self, name: str, phase: Phase | None, step: int) -> dict[str, Any]:
@@ -196,6 +203,7 @@ class SupervisedLoop:
             "before": evaluations[0] if evaluations else None,
             "after": evaluations[-1] if evaluations else None,
             "best_step": self._best[1] if self._best else None,
+            "best": None if self._best is None else "export/best" if self._best[1] else UNTRAINED_IS_BEST,
             "rows": {"train": len(self._facts.lengths), "eval": len(self._facts.eval_lengths)} | self._facts.fates,
             "tokens_per_second": self._clock.tokens / self._clock.seconds["train"],
             "versions": versions(),
@@ -204,3 +212,9 @@ class SupervisedLoop:
         self.recorder.close()
         self.reporter.finished(summary)
         return summary
+
+
+def _nothing_left(fates: dict[str, int]) -> UserError:
+    why = f"all rows were {in_words(fates)}" if fates else "the files hold none on this side of the split"
+    fix = "mend the rows (`rlhf-dist data validate` lists faulty ones), or loosen data.max_tokens, data.overlong or data.eval_fraction"
+    return UserError(f"no row is left to train on: {why}", where="data.train", fix=fix)

@@ -61,7 +61,16 @@ def test_labelled_rows_keep_their_order_and_ties_are_in_no_share(
     for row in run(tiny_scorer, tmp_path, rows):
         assert (row["score_a"], row["score_b"], row["probability_a"]) == pytest.approx((a, b, preference(a, b)), abs=1e-5)
     shown = capsys.readouterr().out
-    assert "1 ties in the labels" in shown and "0.500 of 2 rows" in shown  # one prompt: no interval
+    assert "1 tie in the labels" in shown and "0.500 of 2 rows" in shown  # one prompt: no interval
+
+
+def test_an_output_is_not_written_over_unasked(tiny_scorer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": "w1 ", "chosen": "w2", "rejected": "w3"}]
+    run(tiny_scorer, tmp_path, rows)
+    with pytest.raises(SystemExit) as ended:
+        run(tiny_scorer, tmp_path, rows * 2)
+    assert ended.value.code == 2 and "--overwrite" in capsys.readouterr().err
+    assert len(run(tiny_scorer, tmp_path, rows * 2, "--overwrite")) == 2
 
 
 def test_rankings_get_scores_in_the_order_of_the_row(tiny_scorer: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import yaml
 
 from rlhf_dist import __version__
 from rlhf_dist.cli import main as entry
+from rlhf_dist.cli.interrupts import Interrupted
 from rlhf_dist.config.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,8 +74,26 @@ def test_ctrl_c_ends_with_130_and_without_a_traceback(verb: Any, capsys: pytest.
     verb(KeyboardInterrupt())
     with pytest.raises(SystemExit) as ended:
         entry.main(["go"])
-    assert ended.value.code == 130
-    assert "Traceback" not in capsys.readouterr().err
+    assert (ended.value.code, capsys.readouterr().err) == (130, "interrupted\n")
+
+
+def test_ctrl_c_during_a_run_names_its_folder(verb: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    verb(Interrupted(tmp_path))
+    with pytest.raises(SystemExit) as ended:
+        entry.main(["go"])
+    assert (ended.value.code, capsys.readouterr().err) == (130, f"interrupted; what was recorded until then is in {tmp_path}\n")
+
+
+def test_of_many_ranks_one_says_that_it_was_interrupted(
+    verb: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    for error in (KeyboardInterrupt(), Interrupted(tmp_path)):
+        verb(error)
+        with pytest.raises(SystemExit) as ended:
+            entry.main(["go"])
+        assert (ended.value.code, capsys.readouterr().err) == (130, "")
 
 
 def test_an_error_of_ours_keeps_its_traceback(verb: Any) -> None:

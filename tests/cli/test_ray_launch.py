@@ -13,6 +13,8 @@ import psutil
 import pytest
 import yaml
 
+from rlhf_dist.cli import ray_launch
+from rlhf_dist.cli.interrupts import Interrupted
 from rlhf_dist.cli.paths import with_absolute_paths
 from rlhf_dist.cli.programs import PPOProgram
 from rlhf_dist.cli.ray_launch import cluster_nodes, run_under_ray
@@ -34,6 +36,16 @@ def config(values: dict[str, Any], **changes: Any) -> PPOConfig:
 
 def test_the_clusters_nodes_are_seen(ray_session: None) -> None:
     assert [node.cpus for node in cluster_nodes()] == [16]
+
+
+def test_ctrl_c_names_the_run_folder(ray_session: None, ppo_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ray_launch, "_follow", interrupted)
+    with pytest.raises(Interrupted) as caught:
+        run_under_ray(PPOProgram(config(ppo_values)))
+    assert caught.value.root == Path(ppo_values["run"]["output_dir"]).absolute() / "test"
 
 
 @pytest.mark.parametrize(

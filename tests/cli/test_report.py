@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rlhf_dist.cli.main import main
+from rlhf_dist.evaluation import report_html
 from rlhf_dist.rewards.scorer import RewardModel
 
 
@@ -64,3 +67,46 @@ def test_faults_are_one_message(tiny_scorer: Path, tmp_path: Path, capsys: pytes
     assert not (tmp_path / "report").exists()
     (tmp_path / "report").write_text("mine")
     assert "a file of this name" in fails(str(tmp_path / "b.jsonl"))
+
+
+def test_the_place_is_looked_at_before_the_model_is_loaded_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write(tmp_path / "a.jsonl", pairs(3, 7))
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "report.html").write_text("mine")
+    for place, said in ((f"{data}/report", "cannot write"), (str(tmp_path / "taken"), "--overwrite")):
+        with pytest.raises(SystemExit) as ended:
+            main(["report", "--model", "/no/model", "--data", data, "--out", place])
+        error = capsys.readouterr().err
+        assert ended.value.code == 2 and said in error and "no model folder" not in error
+    assert (tmp_path / "taken" / "report.html").read_text() == "mine"
+
+
+def test_a_disk_that_takes_no_more_is_one_message(
+    tiny_scorer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(report_html, "write_text", full)
+    data = write(tmp_path / "a.jsonl", pairs(3, 7))
+    with pytest.raises(SystemExit) as ended:
+        main(["report", "--model", str(tiny_scorer), "--data", data, "--out", str(tmp_path / "r"), "model.device=cpu"])
+    assert ended.value.code == 2 and "cannot write: No space left" in capsys.readouterr().err
+
+
+def test_it_replaces_a_report_where_asked(tiny_scorer: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "report.html").write_text("mine")
+    data = write(tmp_path / "a.jsonl", pairs(3, 7))
+    main(["report", "--model", str(tiny_scorer), "--data", data, "--out", str(tmp_path / "taken"), "--overwrite", "model.device=cpu"])
+    assert (tmp_path / "taken" / "report.html").stat().st_size > 1_000_000
+
+
+def test_a_train_side_without_a_preference_is_shown(tiny_scorer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ties = [{"prompt": f"w{n} ", "response_a": "w2", "response_b": "w3", "label": "tie"} for n in range(5)]
+    data, train = write(tmp_path / "a.jsonl", pairs(3, 7)), write(tmp_path / "b.jsonl", ties)
+    main(["report", "--model", str(tiny_scorer), "--data", data, "--train-data", train, "--out", str(tmp_path / "r"), "model.device=cpu"])
+    assert "Rows, train" in capsys.readouterr().out
+    assert json.loads((tmp_path / "r" / "report.json").read_text())["train"]["ties"] == 5
+    page = (tmp_path / "r" / "report.html").read_text(encoding="utf-8")
+    assert "5 comparisons of 5 prompts, 5 ties, in no accuracy" in page and "none of these comparisons prefers" in page

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 
 from rlhf_dist.cli.main import main
 from rlhf_dist.data.files import iter_rows
+from rlhf_dist.data.writing import RowWriter
 from rlhf_dist.rewards.scorer import RewardModel
 
 ROWS = [{"prompt": f"w{n} ", "completion": " ".join(f"w{n + k}" for k in range(1 + n % 5)), "mine": n} for n in range(1, 30)]
@@ -60,7 +63,9 @@ def test_dialogues_and_rows_that_do_not_fit(tiny_scorer: Path, tmp_path: Path, c
     main(["score", *arguments, "data.overlong=drop"])
     assert [row["messages"] for _, row in iter_rows(str(out))] == [turns[0]]
     assert "1 dropped: longer" in capsys.readouterr().out
-    main(["score", *arguments, "data.overlong=truncate"])
+    assert "exists" in (said := fails(capsys, *arguments, "data.overlong=truncate")) and "--overwrite" in said
+    assert [row["messages"] for _, row in iter_rows(str(out))] == [turns[0]], "as it was"
+    main(["score", *arguments, "--overwrite", "data.overlong=truncate"])
     (expected,) = RewardModel.load(str(tiny_scorer), overlong="truncate").score([turns[1][:1]], ["w9"])
     assert [row["score"] for _, row in iter_rows(str(out))][1] == pytest.approx(expected, abs=1e-5)
     assert "1 cut: prompts shortened" in capsys.readouterr().out
@@ -95,3 +100,25 @@ def test_faults_are_one_message(tiny_scorer: Path, tmp_path: Path, capsys: pytes
     assert "no model folder" in fails(capsys, "--model", str(tmp_path / "none"), "--prompt", "w1", "--completion", "w2")
     assert "did you mean 'max_tokens'" in fails(capsys, *model, "--prompt", "w1", "--completion", "w2", "data.max_tokns=4")
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_model_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write(tmp_path / "a.jsonl", ROWS)
+    for place, said in ((f"{data}/out.jsonl", "cannot write"), (str(tmp_path / "out.txt"), "which format"), (data, "one of the inputs")):
+        for verb in ("score", "compare"):
+            with pytest.raises(SystemExit) as ended:
+                main([verb, "--model", "/no/model", "--data", data, "--output", place])
+            error = capsys.readouterr().err
+            assert ended.value.code == 2 and said in error and "no model folder" not in error
+
+
+def test_a_disk_that_takes_no_more_is_one_message(
+    tiny_scorer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(RowWriter, "write", full)
+    out = tmp_path / "out.jsonl"
+    said = fails(capsys, "--model", str(tiny_scorer), "--data", write(tmp_path / "a.jsonl", ROWS), "--output", str(out), "model.device=cpu")
+    assert "No space left" in said and not list(tmp_path.glob("*out*"))

@@ -55,6 +55,16 @@ def test_an_override_may_enter_a_list_a_mapping_or_null(path):
     assert config.algorithm.value_clip is None
 
 
+def test_nothing_behind_the_sign_is_the_empty_text_for_a_key_that_takes_text(path):
+    config = load_config(
+        PPOConfig, path, ["policy.deepspeed=zero.json", "policy.deepspeed=", "algorithm.value_clip=", "reward.sources.1.name=j"]
+    )
+    assert config.policy.deepspeed == "" and config.algorithm.value_clip is None
+    assert load_config(PPOConfig, path, ["policy.deepspeed=", "policy.deepspeed=z.json"]).policy.deepspeed == "z.json"
+    assert "policy.ranks: Input should be a valid integer" in str(refusal(path, "policy.ranks="))
+    assert "policy.deepspeed: Input should be a valid string" in str(refusal(path, "policy.deepspeed=null")), "null is said"
+
+
 def test_an_override_may_open_a_section_that_the_file_leaves_empty(tmp_path):
     file = tmp_path / "ppo.yaml"
     file.write_text(CONFIG + "run:\n")

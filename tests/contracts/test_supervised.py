@@ -18,3 +18,8 @@ def test_the_worker_plays_the_role() -> None:
     methods = {name for name in vars(SupervisedRole) if not name.startswith("_")}
     assert methods == {"describe", "update", "evaluate", "export"}
     assert all(callable(getattr(SupervisedWorker, name)) for name in methods)
+
+
+def test_the_fates_of_the_training_rows_are_those_that_no_held_out_row_met() -> None:
+    facts = RowFacts((), (), (), {"dropped: long": 260, "dropped: odd": 2, "cut: x": 1}, {}, {"dropped: long": 60, "cut: x": 1})
+    assert facts.train_fates == {"dropped: long": 200, "dropped: odd": 2}

@@ -10,6 +10,7 @@ import torch
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.contracts.experience import ExperienceBatch, StopReason
 from rlhf_dist.evaluation.held_out import HeldOutSamples, paired_differences, samples_from_rollouts, summarise
+from rlhf_dist.evaluation.proportion import clustered_share
 from rlhf_dist.runs.rollout_log import read_rollouts, write_rollouts
 
 STOP, CUT = StopReason.STOP_TOKEN, StopReason.LENGTH
@@ -108,3 +109,12 @@ def test_paired_differences_by_hand() -> None:
 def test_unlike_samples_are_not_paired() -> None:
     with pytest.raises(ValueError, match="same prompts"):
         paired_differences(SAMPLES, dataclasses.replace(SAMPLES, prompt_ids=[1, 2, 2, 3]))
+
+
+def test_the_stop_rate_is_a_share_and_its_change_a_difference_of_shares() -> None:
+    few = HeldOutSamples([1, 2, 3, 4], [0.0] * 4, {}, [1] * 4, [STOP, STOP, STOP, CUT])
+    rate = summarise(few).means["stop_rate"]
+    assert rate == clustered_share([1.0, 1.0, 1.0, 0.0], [1, 2, 3, 4]) and rate.high is not None and 0.75 < rate.high <= 1
+    before = dataclasses.replace(few, stop_reasons=[CUT, STOP, STOP, STOP])
+    change = paired_differences(before, few)["stop_rate"]
+    assert change.mean == 0 and change.low is not None and change.high is not None and -1 <= change.low < 0 < change.high <= 1

@@ -7,7 +7,7 @@ import pytest
 
 from rlhf_dist.data.answers import AnswersRow
 from rlhf_dist.data.token_rows import TokenRow
-from rlhf_dist.evaluation.judged import JudgedPair, PairColumns, agreement, judged_pairs
+from rlhf_dist.evaluation.judged import JudgedPair, PairColumns, agreement, counted, in_words, judged_pairs
 
 
 def answer(prompt: int, length: int) -> TokenRow:
@@ -55,3 +55,9 @@ def test_scores_that_are_not_finite_are_named_by_number(score: float) -> None:
 def test_a_label_outside_0_and_1_is_refused() -> None:
     with pytest.raises(ValueError, match="label probability"):
         PairColumns.of([JudgedPair(1.0, 0.0, 1, 1, "s", None, 0, 1.2)])
+
+
+def test_counts_in_words() -> None:
+    fates = {"dropped: longer than data.max_tokens": 1200, "cut: prompts shortened": 1, "dropped: odd": 2}
+    assert in_words(fates) == "dropped: 1,200 longer than data.max_tokens, 2 odd; cut: 1 prompts shortened"
+    assert [counted(n, "tie") for n in (0, 1, 1200)] == ["0 ties", "1 tie", "1,200 ties"]

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from rlhf_dist.evaluation.interval import MeanInterval
-from rlhf_dist.evaluation.proportion import clustered_share, share_difference
+from rlhf_dist.evaluation.interval import MeanInterval, clustered_mean
+from rlhf_dist.evaluation.proportion import clustered_share, paired_share_difference, share_difference
 
 shares = st.lists(st.tuples(st.sampled_from([0.0, 0.5, 1.0]), st.integers(0, 6)), min_size=1, max_size=40)
 
@@ -78,3 +78,45 @@ def test_a_difference_is_newcombes() -> None:
     )
     assert share_difference(one, other) == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5)
     assert share_difference(one, MeanInterval(0.5, None, None, 2, 1)) == (pytest.approx(0.3), None, None)
+
+
+def test_a_paired_difference_lies_within_its_bounds_where_students_does_not() -> None:
+    right, rule = [1.0, 0.0], [0.0, 1.0]
+    student = clustered_mean([a - b for a, b in zip(right, rule, strict=True)], range(2))
+    assert interval(student)[0] < -1 and interval(student)[1] > 1
+    low, high = interval(paired_share_difference(right, rule, range(2)))
+    assert -1 <= low < 0 < high <= 1
+
+
+@given(st.lists(st.tuples(*2 * [st.sampled_from([0.0, 0.5, 1.0])], st.integers(0, 6)), min_size=1, max_size=40))
+def test_paired_differences_are_bounded_around_the_mean_and_mirrored(samples: list[tuple[float, float, int]]) -> None:
+    one, other, clusters = zip(*samples, strict=True)
+    result, mirror = paired_share_difference(one, other, clusters), paired_share_difference(other, one, clusters)
+    assert result.mean == pytest.approx(clustered_mean([a - b for a, b in zip(one, other, strict=True)], clusters).mean)
+    assert (result.n, result.clusters) == (len(samples), len(set(clusters)))
+    if result.clusters == 1:
+        assert (result.low, result.high) == (None, None)
+    else:
+        low, high = interval(result)
+        assert -1 - 1e-12 <= low <= result.mean <= high <= 1 + 1e-12
+        assert interval(mirror) == pytest.approx((-high, -low))
+
+
+@pytest.mark.parametrize("agree", [0.9, 0.5, 0.1])
+def test_with_many_samples_it_is_students_interval(agree: float) -> None:
+    draw = np.random.default_rng(3)
+    one = (draw.random(1500) < 0.7).astype(float)
+    other = np.where(draw.random(1500) < agree, one, 1 - one)
+    student = clustered_mean((one - other).tolist(), range(1500))
+    assert interval(paired_share_difference(one.tolist(), other.tolist(), range(1500))) == pytest.approx(interval(student), abs=4e-3)
+
+
+def test_a_paired_difference_covers_the_truth_about_95_times_in_100() -> None:
+    draw = np.random.default_rng(1)
+    covered = 0
+    for _ in range(500):
+        one, both = draw.random(40) < 0.85, draw.random(40) < 0.6
+        other = np.where(both, one, draw.random(40) < 0.5)
+        low, high = interval(paired_share_difference(one.astype(float).tolist(), other.astype(float).tolist(), range(40)))
+        covered += low <= 0.4 * (0.85 - 0.5) <= high
+    assert 0.92 <= covered / 500 <= 0.99

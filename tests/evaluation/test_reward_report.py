@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_dist.config.errors import UserError
-from rlhf_dist.evaluation.reward_report import JudgedPair, reward_report
+from rlhf_dist.evaluation.reward_report import JudgedPair, SideRows, reward_report
 
 HAND = [
     JudgedPair(2.0, 0.0, 10, 4, "a", 0.5, 0),  # right, better is longer
@@ -160,6 +160,32 @@ def test_every_bucket_partition_adds_up_and_the_json_is_valid(pairs: list[Judged
     prompts = sorted({p.prompt for p in pairs}, key=lambda _: shuffle.random())
     shuffled = [p for prompt in prompts for p in by_prompt if p.prompt == prompt]
     assert reward_report(shuffled).held_out.accuracy.mean == pytest.approx(report.held_out.accuracy.mean)
+
+
+@given(st.lists(decided, min_size=1, max_size=12))
+def test_a_difference_of_two_shares_lies_within_1(pairs: list[JudgedPair]) -> None:
+    over = reward_report(pairs).over_baseline
+    assert over.low is None or (over.high is not None and -1 - 1e-12 <= over.low <= over.mean <= over.high <= 1 + 1e-12)
+
+
+def test_over_random_guessing_the_interval_is_that_of_the_accuracy() -> None:
+    same_length = [JudgedPair(1.0, 0.0, 5, 5, "a", None, n) for n in range(10)]
+    report = reward_report(same_length)
+    assert report.best_baseline == "random" and report.over_baseline.mean == 0.5
+    assert report.held_out.accuracy.low is not None and report.over_baseline.low == pytest.approx(report.held_out.accuracy.low - 0.5)
+
+
+def test_a_train_side_of_ties_alone_keeps_its_counts() -> None:
+    ties = [replace(HAND[0], probability=0.5, prompt=n) for n in range(3)]
+    report = reward_report(HAND, ties, {}, {"dropped: x": 2})
+    assert report.train == SideRows(3, 3, 0, 3, {"dropped: x": 2}) and report.gap is None
+    assert reward_report(HAND, [], {}, {"dropped: x": 2}).train == SideRows(0, 0, 0, 0, {"dropped: x": 2})
+    assert json.loads(json.dumps(report.to_dict(), allow_nan=False))["train"]["ties"] == 3
+
+
+def test_held_out_rows_that_were_all_dropped_are_named_by_their_fate() -> None:
+    with pytest.raises(UserError, match="all held-out rows were dropped: 3 longer than"):
+        reward_report([], [], {"dropped: longer than data.max_tokens": 3})
 
 
 def test_at_most_two_thousand_points_are_kept() -> None:

@@ -73,3 +73,9 @@ def test_a_figure_that_is_no_number_is_named(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write_summary(path, {"a": object()})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_where_the_best_model_is_or_why_there_is_none() -> None:
+    assert headline({"best_step": 4, "best": "export/best"}) == ["best on held-out rows: step 4: export/best"]
+    assert headline({"best_step": 0, "best": "no step was better"}) == ["best on held-out rows: step 0: no step was better"]
+    assert headline({"best_step": None, "best": None}) == []

@@ -45,7 +45,7 @@ FATES = {"dropped: too long": 5, "dropped: odd": 2}
 
 
 def setting(group: Judging, folder: RunFolder | None, train: int = 30, held_out: int = 30) -> Setting:
-    facts = RowFacts((8,) * train, (1.0,) * train, (8,) * held_out, FATES, {}, {"dropped: too long": 4})
+    facts = RowFacts((8,) * train, (1.0,) * train, (8,) * held_out, FATES, {}, {"dropped: too long": 4} if held_out else {})
     return Setting(group, facts, 64, Recorder(folder))  # type: ignore[arg-type]
 
 
@@ -86,6 +86,12 @@ def test_where_there_is_nothing_to_report_it_says_so(tmp_path: Path, held_out: i
     folder = RunFolder.create(tmp_path, "run")
     said = report(setting(Judging(probability), folder, held_out=held_out))
     assert set(said["report"]) == {"none"} and why in said["report"]["none"] and not folder.report.exists()
+
+
+def test_held_out_rows_that_were_all_dropped_are_said_to_be() -> None:
+    facts = RowFacts((8,), (1.0,), (), {"dropped: longer than data.max_tokens": 3}, {}, {"dropped: longer than data.max_tokens": 1})
+    said = report(Setting(Judging(), facts, 64, Recorder(None)))  # type: ignore[arg-type]
+    assert said == {"report": {"none": "all held-out rows were dropped: 1 longer than data.max_tokens"}}
 
 
 def test_the_stage_wants_a_small_loss() -> None:

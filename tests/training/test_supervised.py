@@ -88,7 +88,7 @@ def test_it_evaluates_before_at_intervals_and_at_the_end_and_keeps_the_best(tmp_
     summary, lines = run(tmp_path, group, epochs=3)
     assert [line["step"] for line in lines if "eval/loss" in line] == [0, 2, 4, 6]
     assert (summary["best_step"], summary["before"], summary["after"]) == (4, {"eval/loss": 5.0}, {"eval/loss": 3.5})
-    assert group.exports == ["best", "best", "model"]
+    assert group.exports == ["best", "best", "model"] and summary["best"] == "export/best"
 
 
 def test_without_held_out_rows_there_is_nothing_to_say_before_the_first_step(tmp_path: Path) -> None:
@@ -102,12 +102,30 @@ def test_max_steps_and_evaluate_every(tmp_path: Path) -> None:
     summary, lines = run(tmp_path, group, epochs=3, max_steps=5, evaluate_every=2)
     assert summary["steps"] == 5 and [line["step"] for line in lines if "eval/loss" in line] == [0, 2, 4, 5]
     assert group.exports == ["model"], "it never got better than before"
+    assert summary["best_step"] == 0 and "there is no export/best" in summary["best"]
 
 
 def test_no_rows_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no row is left") as caught:
         run(tmp_path, Counting(0, []))
-    assert "dropped: odd" in caught.value.fix
+    assert caught.value.what == "no row is left to train on: all rows were dropped: 1 odd"
+
+
+def test_rows_that_were_lost_are_counted_on_their_own_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost, held_out = {"dropped: long": 260, "dropped: odd": 1}, {"dropped: long": 60}
+    monkeypatch.setattr(Counting, "describe", lambda *_: [RowFacts((), (), (), lost, {}, held_out)] * 2)
+    with pytest.raises(UserError, match="all rows were dropped: 200 long, 1 odd\n"):
+        run(tmp_path, Counting(0, []))
+
+
+def test_held_out_rows_that_were_all_dropped_are_said_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(NullReporter, "message", lambda _, text: said.append(text))
+    monkeypatch.setattr(
+        Counting, "describe", lambda *_: [RowFacts((3,) * 8, (1.0,) * 8, (), {"dropped: long": 6}, {}, {"dropped: long": 6})] * 2
+    )
+    run(tmp_path, Counting(8, []))
+    assert said == ["nothing will be evaluated: all held-out rows were dropped: 6 long"]
 
 
 @pytest.mark.parametrize("packing", [False, True])
