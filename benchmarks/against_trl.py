@@ -1,4 +1,4 @@
-"""One PPO iteration beside TRL's PPO trainer: the same four models, prompts, forced lengths, minibatches and optimizer steps, on one machine.
+"""One PPO iteration beside TRL's PPO trainer: the same models, prompts, forced lengths, minibatches and optimizer steps, on one machine.
 
 Four Llama-shaped models of 41M parameters with random weights (policy, reference, value, reward), 32 prompts of up to 48 tokens,
 completions of up to 128: ragged (log-normal, a third of the limit on average) or all of full length; one PPO epoch of four minibatches.
@@ -72,7 +72,7 @@ class Side:
     def __init__(self, command: list[str]) -> None:
         environment = os.environ | {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
         environment.pop("OMP_NUM_THREADS", None)
-        self.log: Any = tempfile.TemporaryFile("w+")
+        self.log: Any = tempfile.TemporaryFile("w+")  # noqa: SIM115 (as long as the process)
         self.process: Any = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment
         )
