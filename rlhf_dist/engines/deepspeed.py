@@ -206,9 +206,7 @@ class DeepSpeedEngine:
 def _adamw(module: nn.Module, optim: OptimSection, device: torch.device) -> torch.optim.Optimizer:
     parameters = [p for p in module.parameters() if p.requires_grad]
     module.to(device)
-    return torch.optim.AdamW(
-        parameters, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=device.type == "cuda"
-    )
+    return torch.optim.AdamW(parameters, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True)
 
 
 def _load_trained(src: dict[str, Tensor], dst: nn.Module) -> None:
