@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-from collections import Counter
 from typing import Any
 
 from rlhf_dist.cli.checks import check_context, check_engine, check_quantisation, check_vocabulary
-from rlhf_dist.cli.sft_checks import CHECK_ROWS
 from rlhf_dist.config.dpo import DPOConfig
-from rlhf_dist.config.supervised import RowsSection
-from rlhf_dist.data.answers import AnswersEncoder, fitted
-from rlhf_dist.data.layouts import PreferencePair
-from rlhf_dist.data.preferences import PreferenceReader
-from rlhf_dist.data.reading import ReadOptions
+from rlhf_dist.data.answers import AnswersEncoder
 from rlhf_dist.models.loading import load_tokenizer, stop_tokens
-from rlhf_dist.workers.rows import refusals
+from rlhf_dist.workers.rows import look_at_preferences
 
 
 def check_dpo(config: DPOConfig) -> dict[str, Any]:
@@ -34,18 +27,4 @@ def check_dpo(config: DPOConfig) -> dict[str, Any]:
         check_quantisation("reference", section, reference)
         check_vocabulary("reference", reference, tokenizer, trust_remote_code=trust, trained="model")
     encoder = AnswersEncoder(tokenizer, stop_tokens(section.model, tokenizer, trust_remote_code=trust))
-    return {"pairs looked at": _check_pairs(config.data, encoder)}
-
-
-def _check_pairs(section: RowsSection, encoder: AnswersEncoder) -> int:
-    """Reads and encodes the first pairs of every file as the run will; returns how many."""
-    looked_at = 0
-    for path in [*section.train, *section.eval]:
-        for pair in itertools.islice(PreferenceReader([path], ReadOptions(section.faults), rankings="pairs"), CHECK_ROWS):
-            assert isinstance(pair, PreferencePair)
-            where = pair.origin.where
-            looked_at += 1
-            with refusals(section.faults, Counter()):
-                rows = [encoder.encode(pair.prompt, text, where=where) for text in (pair.chosen, pair.rejected)]
-                fitted(rows, section.max_tokens, section.overlong, where, encoder.bos)
-    return looked_at
+    return {"pairs looked at": look_at_preferences(config.data, encoder, as_pairs=True)}

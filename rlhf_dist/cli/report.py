@@ -75,12 +75,13 @@ def _judged(
 ) -> tuple[list[JudgedPair], RowFates]:
     """The comparisons of the files with the model's scores; at most `sample` rows, drawn by a fixed seed."""
     from rlhf_dist.evaluation.judged import judged_pairs
+    from rlhf_dist.training.reward_model import SAMPLE_SEED
     from rlhf_dist.workers.rows import preference_rows
 
     limit = model.limits.max_tokens or sys.maxsize  # a model that names no context has no limit
     section = RowsSection(train=[str(path) for path in files], max_tokens=limit, overlong=config.data.overlong, faults=config.data.faults)
     read = preference_rows(section, model.encoder, as_pairs=False)
-    rows = read.train if sample is None or len(read.train) <= sample else random.Random(0).sample(list(read.train), sample)
+    rows = read.train if sample is None or len(read.train) <= sample else random.Random(SAMPLE_SEED).sample(list(read.train), sample)
     pairs: list[JudgedPair] = []
     with progress() as advance:
         for start in range(0, len(rows), CHUNK_ROWS):

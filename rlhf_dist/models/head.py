@@ -81,11 +81,13 @@ class _LinearLogprobs(torch.autograd.Function):
         lse_N, entropy_N, chosen_N = (torch.cat([empty, *column]) for column in zip(*parts, strict=True)) if parts else (empty,) * 3
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, tokens_N, lse_N, entropy_N)
         ctx.temperature = temperature
+        ctx.set_materialize_grads(False)  # most losses leave the entropy alone
         return chosen_N - lse_N, entropy_N
 
     @staticmethod
-    def backward(ctx: Any, grad_logprob_N: Tensor, grad_entropy_N: Tensor | None) -> Any:
+    def backward(ctx: Any, grad_logprob_N: Tensor | None, grad_entropy_N: Tensor | None) -> Any:
         hidden_ND, weight_VD, bias_V, tokens_N, lse_N, entropy_N = ctx.saved_tensors
+        grad_logprob_N = torch.zeros_like(lse_N) if grad_logprob_N is None else grad_logprob_N
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.zeros_like(hidden_ND, dtype=torch.float32) if wants_hidden else None
         grad_weight = torch.empty_like(weight_VD) if wants_weight else None
@@ -97,7 +99,7 @@ class _LinearLogprobs(torch.autograd.Function):
             for rows in _slices(len(hidden_ND), TOKENS):
                 logits_NC = _logits(hidden_ND[rows], block_CD, None if bias_V is None else bias_V[columns], ctx.temperature)
                 grad_NC = _gradient(logits_NC, tokens_N[rows] - columns.start, lse_N[rows], grad_logprob_N[rows])
-                if grad_entropy_N is not None and bool(grad_entropy_N[rows].any()):
+                if grad_entropy_N is not None:
                     log_p_NC = (logits_NC - lse_N[rows, None]).clamp(min=torch.finfo(torch.float32).min)  # −inf · 0 is not 0
                     grad_NC -= grad_entropy_N[rows, None] * log_p_NC.exp() * (log_p_NC + entropy_N[rows, None])
                 grad_NC = (grad_NC / ctx.temperature).to(hidden_ND.dtype)

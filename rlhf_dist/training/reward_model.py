@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_dist.contracts.supervised import RewardModelRole, Side
-from rlhf_dist.data.schedule import assign
 from rlhf_dist.evaluation.judged import JudgedPair, in_words
 from rlhf_dist.evaluation.report_facts import headline, rows_of_sides
 from rlhf_dist.evaluation.reward_report import RewardReport, SplitFigures, reward_report
@@ -55,8 +54,8 @@ def _figures(made: RewardReport) -> dict[str, Any]:
 
 
 def _judged(setting: Setting, side: Side, rows: Sequence[int], lengths: Sequence[int]) -> list[JudgedPair]:
-    shares = assign(rows, lengths, setting.group.world_size, setting.budget)
-    answers = setting.group.collect(setting.group.submit(RewardModelRole.judge, [(side, share) for share in shares]))
+    arguments = [(side, share) for share in setting.shares(lengths, rows)]
+    answers = setting.group.collect(setting.group.submit(RewardModelRole.judge, arguments))
     return [pair for answer in answers for pair in answer]
 
 

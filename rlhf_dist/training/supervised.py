@@ -42,9 +42,10 @@ class Setting:
     recorder: Recorder
     packed: bool = False
 
-    def shares(self, lengths: Sequence[int]) -> list[Microbatches]:
-        """All rows of a side, shared out over the ranks."""
-        return assign(range(len(lengths)), lengths, self.group.world_size, self.budget, packed=self.packed)
+    def shares(self, lengths: Sequence[int], rows: Sequence[int] | None = None) -> list[Microbatches]:
+        """Rows of a side, all of them by default, shared out over the ranks."""
+        chosen = range(len(lengths)) if rows is None else rows
+        return assign(chosen, lengths, self.group.world_size, self.budget, packed=self.packed)
 
 
 Phase = Callable[[Setting], dict[str, Any]]
@@ -131,7 +132,7 @@ class SupervisedLoop:
             return {}
         self.reporter.phase(step, name)
         with self._clock.phase(name):
-            return phase(Setting(self.group, self._facts, self._budget, self.recorder, self._packed))
+            return phase(self._setting())
 
     def _batches(self) -> Iterator[tuple[int, ...]]:
         """The rows of every optimizer step: a fresh order an epoch, sizes that differ by one at most."""
@@ -144,7 +145,7 @@ class SupervisedLoop:
                 yield batch
 
     def _train(self, rows: tuple[int, ...]) -> dict[str, float]:
-        shares = self._shares(rows, self._facts.lengths)
+        shares = self._setting().shares(self._facts.lengths, rows)
         weight = sum(self._facts.weights[row] for row in rows)
         began = time.perf_counter()
         infos: list[UpdateInfo] = self.group.collect(
@@ -158,12 +159,11 @@ class SupervisedLoop:
         return merged(info.tally for info in infos).means() | norm | rates
 
     def _evaluate(self, step: int) -> dict[str, float]:
-        rows = tuple(range(len(self._facts.eval_lengths)))
-        if not rows:
+        if not self._facts.eval_lengths:
             return {}
         self.reporter.phase(step, "evaluate")
         with self._clock.phase("evaluate"):
-            shares = self._shares(rows, self._facts.eval_lengths)
+            shares = self._setting().shares(self._facts.eval_lengths)
             tallies = self.group.collect(self.group.submit(SupervisedRole.evaluate, [(share,) for share in shares]))
         means = merged(tallies).means()
         metrics = {f"eval/{name}": value for name, value in (means | self.stage.derive(means)).items()}
@@ -171,8 +171,8 @@ class SupervisedLoop:
         self._keep_best(step, metrics)
         return metrics
 
-    def _shares(self, rows: Sequence[int], lengths: Sequence[int]) -> list[Microbatches]:
-        return assign(rows, lengths, self.group.world_size, self._budget, packed=self._packed)
+    def _setting(self) -> Setting:
+        return Setting(self.group, self._facts, self._budget, self.recorder, self._packed)
 
     def _keep_best(self, step: int, metrics: dict[str, float]) -> None:
         """Exports the model whenever it is the best so far; before training only the score counts."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,10 @@ Encode = Callable[[Any, Counter[str]], Any]
 """Makes a row of a record, or None; what was dropped or cut is counted by reason."""
 
 
+LOOK_ROWS = 256
+"""Rows of each file that are looked at before a run."""
+
+
 def read_rows(section: RowsSection, reader: Callable[[list[str], ReadOptions], RecordReader], encode: Encode) -> Rows:
     """Reads and encodes both sides.
 
@@ -41,6 +46,22 @@ def read_rows(section: RowsSection, reader: Callable[[list[str], ReadOptions], R
     return Rows(rows, held_out, dict(fates + eval_fates), dict(eval_fates))
 
 
+def look_at_rows(section: RowsSection, reader: Callable[[list[str], ReadOptions], RecordReader], encode: Encode) -> int:
+    """Reads and encodes the first rows of every file as the run will, and keeps none; returns how many.
+
+    Raises:
+        UserError: a row that the run would stop at.
+    """
+    count = 0
+    for path in [*section.train, *section.eval]:
+        records: Any = reader([path], ReadOptions(section.faults))
+        for record in itertools.islice(records, LOOK_ROWS):
+            count += 1
+            with refusals(section.faults, Counter()):
+                encode(record, Counter())
+    return count
+
+
 def preference_rows(section: RowsSection, encoder: AnswersEncoder, *, as_pairs: bool, pad: int | None = None) -> Rows:
     """Preferences as `AnswersRow`; rankings whole, or as their pairs. Answers of equal tokens teach nothing: they are dropped and counted.
 
@@ -50,6 +71,23 @@ def preference_rows(section: RowsSection, encoder: AnswersEncoder, *, as_pairs: 
     Raises:
         UserError: as `read_rows`.
     """
+    return read_rows(section, _preferences(as_pairs), _preference_encode(section, encoder, pad))
+
+
+def look_at_preferences(section: RowsSection, encoder: AnswersEncoder, *, as_pairs: bool, pad: int | None = None) -> int:
+    """The look before `preference_rows`, at the first rows of every file; returns how many.
+
+    Raises:
+        UserError: a row that the run would stop at.
+    """
+    return look_at_rows(section, _preferences(as_pairs), _preference_encode(section, encoder, pad))
+
+
+def _preferences(as_pairs: bool) -> Callable[[list[str], ReadOptions], PreferenceReader]:
+    return lambda files, options: PreferenceReader(files, options, rankings="pairs" if as_pairs else "keep")
+
+
+def _preference_encode(section: RowsSection, encoder: AnswersEncoder, pad: int | None) -> Encode:
     numbers: dict[str, int] = {}
 
     def encode(record: PreferencePair | Ranking, fates: Counter[str]) -> AnswersRow | None:
@@ -76,7 +114,7 @@ def preference_rows(section: RowsSection, encoder: AnswersEncoder, *, as_pairs: 
             record.weight,
         )
 
-    return read_rows(section, lambda files, options: PreferenceReader(files, options, rankings="pairs" if as_pairs else "keep"), encode)
+    return encode
 
 
 @contextmanager

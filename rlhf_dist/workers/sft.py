@@ -13,7 +13,7 @@ from rlhf_dist.data.layouts import Demonstration
 from rlhf_dist.data.token_rows import DemonstrationEncoder, TokenRow, collate_demonstrations, too_long
 from rlhf_dist.engines.process import Rank
 from rlhf_dist.models.loading import load_tokenizer, stop_tokens
-from rlhf_dist.workers.rows import read_rows
+from rlhf_dist.workers.rows import Encode, look_at_rows, read_rows
 from rlhf_dist.workers.supervised import Rows, SupervisedWorker
 from rlhf_dist.workers.training import build_policy, seeded
 
@@ -34,18 +34,22 @@ def sft_rows(config: SFTConfig, tokenizer: Any) -> Rows:
     Raises:
         UserError: a faulty or too long row where the config says `error`, or none left.
     """
-    encoder = sft_encoder(config, tokenizer)
-    return read_rows(config.data, DemonstrationReader, lambda record, fates: _row(record, encoder, config.data, fates))
+    return read_rows(config.data, DemonstrationReader, _encode(config, tokenizer))
 
 
-def sft_encoder(config: SFTConfig, tokenizer: Any) -> DemonstrationEncoder:
-    """What makes the rows of a run, and of the look before it.
+def look_at_sft_rows(config: SFTConfig, tokenizer: Any) -> int:
+    """The look before it, at the first rows of every file; returns how many.
 
     Raises:
-        UserError: no such model, or a slow tokenizer.
+        UserError: no such model, a slow tokenizer, or a row that the run would stop at.
     """
+    return look_at_rows(config.data, DemonstrationReader, _encode(config, tokenizer))
+
+
+def _encode(config: SFTConfig, tokenizer: Any) -> Encode:
     stops = stop_tokens(config.model.model, tokenizer, trust_remote_code=config.model.trust_remote_code)
-    return DemonstrationEncoder(tokenizer, stops, config.sft.loss_on)
+    encoder = DemonstrationEncoder(tokenizer, stops, config.sft.loss_on)
+    return lambda record, fates: _row(record, encoder, config.data, fates)
 
 
 def _row(record: Demonstration, encoder: DemonstrationEncoder, section: RowsSection, fates: Counter[str]) -> TokenRow | None:
