@@ -36,12 +36,13 @@ class WorkerGroup(Protocol):
     name: str
     world_size: int
 
-    def submit(self, method: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Handle]:
-        """Calls a method of a role Protocol on every rank.
+    def submit(self, method: Callable[..., Any], arguments: Sequence[tuple[Any, ...] | None]) -> list[Handle]:
+        """Calls a method of a role Protocol on every rank that is given arguments; returns their handles, in the order of the ranks.
 
         Args:
             method: for example `PolicyRole.generate`; its name is looked up on the worker.
             arguments: one tuple a rank, `world_size` of them. Handles may stand in them, also inside lists and tuples.
+                None: this rank has no part in the call, which then must not be collective.
         """
         ...
 

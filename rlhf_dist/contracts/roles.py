@@ -162,15 +162,19 @@ class TrainedRole(Protocol):
         ...
 
 
-class PolicyRole(ScoringRole, TrainedRole, Protocol):
-    """Generates, scores its own samples, estimates advantages, trains."""
-
-    def describe(self) -> dict[str, Any]:
-        """Facts about model and data: parameters, stop tokens, number of held-out prompts."""
-        ...
+class SamplingRole(Protocol):
+    """Samples completions: the policy's own processes, or a rollout group beside them."""
 
     def generate(self, request: GenerateRequest) -> Stored[ExperienceBatch, RolloutInfo]:
         """Not collective. Samples this rank's prompts."""
+        ...
+
+
+class PolicyRole(SamplingRole, ScoringRole, TrainedRole, Protocol):
+    """Generates where no rollout group does, scores samples, estimates advantages, trains."""
+
+    def describe(self) -> dict[str, Any]:
+        """Facts about model and data: parameters, stop tokens, number of held-out prompts."""
         ...
 
     def reference_score(self, shard: ExperienceBatch) -> Stored[Piece, PieceInfo]:

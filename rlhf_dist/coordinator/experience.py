@@ -10,7 +10,7 @@ from rlhf_dist.contracts.moments import Moments, merged_moments
 from rlhf_dist.contracts.roles import EstimateRequest, ExperienceInfo, PolicyRole
 from rlhf_dist.contracts.tally import Tally, merged
 from rlhf_dist.coordinator.judging import Judged
-from rlhf_dist.coordinator.shards import Shard
+from rlhf_dist.coordinator.shards import Shard, cut_prompts
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,13 @@ def _request(part: Judged, coefficients: Coefficients, moments: Moments | None) 
 
 
 def _ask(policy: WorkerGroup, shards: Sequence[Shard], requests: Sequence[EstimateRequest]) -> tuple[list[Handle], list[ExperienceInfo]]:
-    """Shard i goes to rank i // k, the one that generated it; answers come back in shard order."""
-    per_rank = len(shards) // policy.world_size
-    rounds = []
-    for number in range(per_rank):
-        given = [(requests[i], shards[i].rollouts, shards[i].pieces) for i in range(number, len(shards), per_rank)]
-        rounds.append(policy.submit(PolicyRole.estimate, given))
-    handles = [rounds[number][rank] for rank in range(policy.world_size) for number in range(per_rank)]
-    return handles, policy.collect(handles)
+    """Contiguous runs of shards go to each rank (where the policy sampled, those it sampled itself); answers come back in shard order."""
+    runs = [range(start, start + count) for start, count in cut_prompts(0, len(shards), policy.world_size)]
+    handles: dict[int, Handle] = {}
+    for number in range(max(map(len, runs))):
+        asked = [run[number] if number < len(run) else None for run in runs]
+        given = [None if i is None else (requests[i], shards[i].rollouts, shards[i].pieces) for i in asked]
+        answers = policy.submit(PolicyRole.estimate, given)
+        handles |= dict(zip((i for i in asked if i is not None), answers, strict=True))
+    in_order = [handles[index] for index in range(len(shards))]
+    return in_order, policy.collect(in_order)

@@ -45,9 +45,9 @@ def evaluate(groups: Groups, yardstick: Yardstick, batch: Batch, version: int, p
         version: of the policy that is evaluated.
         path: Parquet file, written by the policy's rank 0.
     """
-    shards = generate(groups.policy, batch, version, 1)
+    shards = generate(groups.sampler, batch, version, 1)
     score(groups, shards, with_value=False)
-    collect_rollouts(groups.policy, shards)
+    collect_rollouts(groups.sampler, shards)
     collect_scores(groups, shards)
     judged = yardstick.judge(shards, 1)  # an abstention takes its own sample away, not those it is never compared with
     details = [judged.of(shards, index).details() for index in range(len(shards))]

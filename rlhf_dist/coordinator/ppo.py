@@ -77,11 +77,11 @@ class PPOCoordinator:
         """One iteration. Under Ray asking does not wait: all engines have their orders while the first shard is still being sampled."""
         clock, moved, rollout = Clock(), self.groups.bytes_moved(), self.config.rollout
         with self._phase(clock, step, "generate"):  # 1. sample: every rank its shards, fixed before it begins
-            shards = generate(self.groups.policy, self._batch(step), self.state.policy_version, rollout.shards_per_rank)
+            shards = generate(self.groups.sampler, self._batch(step), self.state.policy_version, rollout.shards_per_rank)
         with self._phase(clock, step, "score"):  # 2. old log-probs, reference, values and rewards, of each shard as soon as it is there
             score(self.groups, shards, with_value=True, with_policy=not self._sampled)
         with self._phase(clock, step, "generate"):
-            clock.tokens = collect_rollouts(self.groups.policy, shards)
+            clock.tokens = collect_rollouts(self.groups.sampler, shards)
         with self._phase(clock, step, "score"):
             collect_scores(self.groups, shards)
             judged = judge(self.mixer, shards, rollout.samples_per_prompt, update=True)

@@ -60,9 +60,9 @@ def preflight(config: PPOConfig, groups: Groups, version: int) -> dict[str, floa
     """
     prompts = min(config.rollout.prompts_per_step, 2 * groups.policy.world_size)
     limit = min(PROBE_TOKENS, config.rollout.max_new_tokens)
-    shards = generate(groups.policy, Batch("train", PROBE_STEP, 0, prompts, 1, limit), version, 1)
+    shards = generate(groups.sampler, Batch("train", PROBE_STEP, 0, prompts, 1, limit), version, 1)
     score(groups, shards, with_value=True)
-    collect_rollouts(groups.policy, shards)
+    collect_rollouts(groups.sampler, shards)
     collect_scores(groups, shards)
     for shard in shards:
         raw_rewards(shard)

@@ -7,21 +7,27 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from rlhf_dist.contracts.group import Handle, WorkerGroup
-from rlhf_dist.contracts.roles import GenerateRequest, PolicyRole, RewardRole, RolloutInfo, ScoreInfo, ScoringRole, Stream
+from rlhf_dist.contracts.roles import GenerateRequest, PolicyRole, RewardRole, RolloutInfo, SamplingRole, ScoreInfo, ScoringRole, Stream
 
 
 @dataclass(frozen=True)
 class Groups:
-    """The worker groups of a run; reference is None with LoRA, value is None without GAE."""
+    """The worker groups of a run. None: the reference with LoRA, the value model without GAE, rollout where the policy samples itself."""
 
     policy: WorkerGroup
     reward: WorkerGroup
     reference: WorkerGroup | None = None
     value: WorkerGroup | None = None
+    rollout: WorkerGroup | None = None
+
+    @property
+    def sampler(self) -> WorkerGroup:
+        """The group that samples (contracts.roles.SamplingRole)."""
+        return self.policy if self.rollout is None else self.rollout
 
     def all(self) -> list[WorkerGroup]:
         """The groups that exist."""
-        return [group for group in (self.policy, self.reward, self.reference, self.value) if group is not None]
+        return [group for group in (self.policy, self.reward, self.reference, self.value, self.rollout) if group is not None]
 
     def trained(self) -> list[WorkerGroup]:
         """The groups that take optimizer steps: the policy, and the value model where there is one."""
@@ -67,17 +73,17 @@ def cut_prompts(start: int, count: int, parts: int) -> list[tuple[int, int]]:
     return [(low, high - low) for low, high in pairwise(bounds)]
 
 
-def generate(policy: WorkerGroup, batch: Batch, version: int, shards_per_rank: int) -> list[Shard]:
+def generate(sampler: WorkerGroup, batch: Batch, version: int, shards_per_rank: int) -> list[Shard]:
     """Asks every rank for its shards, fixed before generation starts. Does not wait."""
-    cuts = cut_prompts(batch.start, batch.count, policy.world_size * shards_per_rank)
+    cuts = cut_prompts(batch.start, batch.count, sampler.world_size * shards_per_rank)
     requests = [
         GenerateRequest(batch.stream, batch.step, batch.start, low, count, batch.samples, version, batch.max_new_tokens)
         for low, count in cuts
     ]
     rounds = []
     for number in range(shards_per_rank):  # rank r holds the contiguous shards r·k to r·k + k − 1
-        rounds.append(policy.submit(PolicyRole.generate, [(request,) for request in requests[number::shards_per_rank]]))
-    return [Shard(rounds[number][rank]) for rank in range(policy.world_size) for number in range(shards_per_rank)]
+        rounds.append(sampler.submit(SamplingRole.generate, [(request,) for request in requests[number::shards_per_rank]]))
+    return [Shard(rounds[number][rank]) for rank in range(sampler.world_size) for number in range(shards_per_rank)]
 
 
 def score(groups: Groups, shards: Sequence[Shard], *, with_value: bool, with_policy: bool = True) -> None:
@@ -100,9 +106,9 @@ def score(groups: Groups, shards: Sequence[Shard], *, with_value: bool, with_pol
             shard.pieces += _everyone(groups.policy, PolicyRole.reference_score, (shard.rollouts,))
 
 
-def collect_rollouts(policy: WorkerGroup, shards: Sequence[Shard]) -> int:
+def collect_rollouts(sampler: WorkerGroup, shards: Sequence[Shard]) -> int:
     """Waits for generation; returns the response tokens sampled."""
-    infos: list[RolloutInfo] = policy.collect([shard.rollouts for shard in shards])
+    infos: list[RolloutInfo] = sampler.collect([shard.rollouts for shard in shards])
     for shard, info in zip(shards, infos, strict=True):
         shard.info = info
     return sum(n for info in infos for n in info.response_lengths)

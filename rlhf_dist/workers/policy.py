@@ -28,6 +28,7 @@ from rlhf_dist.contracts.tally import Tally
 from rlhf_dist.data.prompts import PromptRecord, PromptStream
 from rlhf_dist.engines.deepspeed import Training
 from rlhf_dist.engines.process import Rank
+from rlhf_dist.models.checksum import checksum
 from rlhf_dist.models.loading import load_tokenizer, stop_tokens
 from rlhf_dist.models.logprobs import HeadOptions
 from rlhf_dist.models.policy import PolicyModule
@@ -37,7 +38,7 @@ from rlhf_dist.workers.export import export_model
 from rlhf_dist.workers.sampling import Sampler
 from rlhf_dist.workers.scoring import rows_of_rank, score_rows
 from rlhf_dist.workers.training import Trainer, build_engine, load_policy, optimizer_steps, parameter_counts, prepare_checkpointing, seeded
-from rlhf_dist.workers.weight_sync import checksum, copy_weights, trained_weights_of, weights_of
+from rlhf_dist.workers.weight_sync import copy_weights, trained_weights_of, weights_of
 
 
 class PolicyWorker:

@@ -127,10 +127,10 @@ class RayGroup:
         """
         wait_all(self._starting, self._start_timeout_s, f"{self.name}, start")
 
-    def submit(self, method: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[RayHandle]:
-        """Calls a method on every rank; never waits."""
+    def submit(self, method: Callable[..., Any], arguments: Sequence[tuple[Any, ...] | None]) -> list[RayHandle]:
+        """Calls a method on every rank that is given arguments; never waits."""
         assert len(arguments) == self.world_size, f"{self.name} has {self.world_size} ranks, got arguments for {len(arguments)}"
-        return [self._send(rank, method.__name__, given) for rank, given in enumerate(arguments)]
+        return [self._send(rank, method.__name__, given) for rank, given in enumerate(arguments) if given is not None]
 
     def collect(self, handles: Sequence[RayHandle]) -> list[Any]:
         """The records, in order. The first failure is raised as soon as it is known, even if another rank never answers."""

@@ -72,7 +72,7 @@ class SpmdGroup:
         self.bytes_sent = self.bytes_received = 0
         self._worker, self._rank = worker, rank
 
-    def submit(self, method: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[SpmdHandle]:
+    def submit(self, method: Callable[..., Any], arguments: Sequence[tuple[Any, ...] | None]) -> list[SpmdHandle]:
         """Runs this rank's part.
 
         A failure is raised here at once, on this rank alone: its process ends, and the launcher ends the others.
@@ -80,9 +80,10 @@ class SpmdGroup:
         """
         assert len(arguments) == self.world_size, f"{self.name} has {self.world_size} ranks, got arguments for {len(arguments)}"
         given = [deliver(each) for each in arguments][self._rank.rank]
-        handles = [SpmdHandle(owner, self._rank) for owner in range(self.world_size)]
-        handles[self._rank.rank].fill(*split(getattr(self._worker, method.__name__)(*given)))
-        return handles
+        handles = {owner: SpmdHandle(owner, self._rank) for owner, each in enumerate(arguments) if each is not None}
+        if given is not None:
+            handles[self._rank.rank].fill(*split(getattr(self._worker, method.__name__)(*given)))
+        return list(handles.values())
 
     def collect(self, handles: Sequence[SpmdHandle]) -> list[Any]:
         """The records of all ranks, the same everywhere."""

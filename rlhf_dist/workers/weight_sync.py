@@ -8,22 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_dist.config.errors import UserError
+from rlhf_dist.models.checksum import MODULUS, checksum
 from rlhf_dist.models.lora import named_weights, trained_weights
-
-MODULUS = 2**61 - 1
-PERIOD = 65521
-CHUNK = 64 * PERIOD
-"""Numbers looked at side by side: bounds the memory that a checksum needs. A multiple of the period of the factors."""
-
-_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def checksum(weights: Iterable[tuple[str, Tensor]]) -> int:
-    """A sum over all weights' bits, keyed by name and place: exact, and independent of the order and of how buckets were cut.
-
-    The checksum of all weights is the sum of the checksums of parts, modulo `MODULUS`.
-    """
-    return sum(_bits_sum(tensor) * _name_key(name) for name, tensor in weights) % MODULUS
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
@@ -59,21 +45,3 @@ def copy_weights(weights: Mapping[str, Tensor], buckets: Iterable[Mapping[str, T
 def _mismatch(what: str) -> UserError:
     fix = "trainer and sampler must load the same architecture in the same precision"
     return UserError(f"the sampler's model {what}", where="weight sync", fix=fix)
-
-
-def _bits_sum(tensor: Tensor) -> int:
-    """Σ bits · factor in wrapping 64-bit arithmetic. Factors are below 2¹⁶ and the bits below 2³², so no change of one number is lost."""
-    bits = tensor.detach().contiguous().view(-1).view(_INTEGER[tensor.element_size()])
-    factors = torch.arange(min(bits.numel(), CHUNK), device=bits.device) % PERIOD + 1
-    total = torch.zeros((), dtype=torch.long, device=bits.device)
-    for start in range(0, bits.numel(), CHUNK):
-        part = bits[start : start + CHUNK]
-        total += (part.long() * factors[: part.numel()]).sum()
-    return int(total.item()) % MODULUS
-
-
-def _name_key(name: str) -> int:
-    key = 1
-    for byte in name.encode():
-        key = (key * 257 + byte) % MODULUS
-    return key
