@@ -1,17 +1,30 @@
 #!/usr/bin/env bash
 # Makes .venv with the development tools and runs every check: lint, format, types, layers, tests.
 # usage: bash launch/test.sh [pytest option ...]      for example: bash launch/test.sh tests/laws -x
+#        bash launch/test.sh --vllm [pytest option ...]      instead, the tests of vLLM, which gets an environment of its own (vllm_env.sh)
 set -euo pipefail
 # shellcheck source=launch/_setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
 cd "$ROOT"
 
+marks=()
+if ! has_gpu; then marks=(-m "not gpu"); fi
+
+if [[ "${1:-}" == --vllm ]]; then
+  shift
+  export VLLM_VENV="${VLLM_VENV:-$ROOT/.venv-vllm}" RLHF_DIST_VLLM_PYTHON
+  RLHF_DIST_VLLM_PYTHON="$VLLM_VENV/bin/python"
+  bash launch/vllm_env.sh
+  install_package dev
+  export_offline_environment
+  # The engine in its own environment; then runs in ours, which start it there.
+  "$RLHF_DIST_VLLM_PYTHON" -m pytest "${marks[@]}" tests/rollout/test_vllm.py "$@"
+  exec "$VENV/bin/python" -m pytest -m vllm tests/distributed "$@"
+fi
+
 install_package dev
 export_offline_environment
 export PATH="$VENV/bin:$PATH"
-
-marks=()
-if ! has_gpu; then marks=(-m "not gpu"); fi
 
 ruff check .
 ruff format --check .

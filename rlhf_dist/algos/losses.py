@@ -6,6 +6,7 @@ was cut into microbatches and ranks (law 2). A mean of means would.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -38,6 +39,10 @@ class TokenLoss:
     def weighted_sum(self, weights_BT: Tensor) -> Tensor:
         """Σ w·loss, a scalar; without valid tokens a zero that still depends on the model's outputs."""
         return masked_sum(self.loss_BT * weights_BT, self.mask_BT)
+
+    def scaled(self, weights_BT: Tensor) -> TokenLoss:
+        """Each token's loss times a weight that takes part in no gradient, and is finite in masked slots too."""
+        return dataclasses.replace(self, loss_BT=self.loss_BT * weights_BT)
 
 
 def log_ratio(logprobs_BT: Tensor, old_logprobs_BT: Tensor, mask_BT: Tensor) -> Tensor:

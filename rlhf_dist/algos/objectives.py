@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlhf_dist.algos.importance import importance_weights
 from rlhf_dist.algos.kl import k2
 from rlhf_dist.algos.losses import PolicyClip, TokenLoss, log_ratio, policy_loss, token_weights, value_loss
 from rlhf_dist.algos.masking import masked_sum
@@ -21,13 +22,18 @@ from rlhf_dist.contracts.tally import Tally
 class PolicyObjective:
     """Clipped surrogate minus the entropy bonus, on outputs `logprobs_BT` and `entropy_BT` (nats, at the sampling temperature).
 
-    Reads old_logprobs_BT and advantages_BT (already whitened) of the microbatch.
+    Reads old_logprobs_BT and advantages_BT (already whitened) of the microbatch, and rollout_logprobs_BT where tokens are weighted.
+
+    Args:
+        config: clip, entropy bonus, reduction.
+        importance_cap: weigh the surrogate of each token by its truncated importance weight; None: the samples are the trainer's own.
     """
 
-    def __init__(self, config: AlgorithmSection) -> None:
+    def __init__(self, config: AlgorithmSection, importance_cap: float | None = None) -> None:
         self._clip = PolicyClip(config.clip_low, config.clip_high, config.dual_clip)
         self._entropy_coef = config.entropy_coef
         self._reduction = config.reduction
+        self._importance_cap = importance_cap
 
     def __call__(self, outputs: Outputs, microbatch: SequenceBatch) -> tuple[Tensor, Tally]:
         """The loss summed with the weights of the reduction, and the metrics.
@@ -40,6 +46,9 @@ class PolicyObjective:
         old_logprobs_BT, mask_BT = _filled(batch, "old_logprobs_BT"), batch.response_mask_BT
         weights_BT = token_weights(mask_BT, self._reduction)
         tokens = policy_loss(outputs["logprobs_BT"], old_logprobs_BT, _filled(batch, "advantages_BT"), mask_BT, self._clip)
+        if self._importance_cap is not None:
+            importance = importance_weights(old_logprobs_BT, batch.rollout_logprobs_BT, mask_BT, self._importance_cap)
+            tokens = tokens.scaled(importance.weights_BT)
         loss = tokens.weighted_sum(weights_BT)
         if self._entropy_coef:
             loss = loss - self._entropy_coef * masked_sum(outputs["entropy_BT"] * weights_BT, mask_BT)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 C = TypeVar("C", bound=BaseModel)
-FILES, LISTS, MODELS = ("output_dir", "deepspeed"), ("train", "eval"), ("model",)
+FILES, LISTS, MODELS = ("output_dir", "deepspeed", "python"), ("train", "eval"), ("model",)
 
 
 def with_absolute_paths(config: C, base: Path | None = None) -> C:

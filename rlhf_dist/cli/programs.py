@@ -24,6 +24,7 @@ from rlhf_dist.training.reward_model import REWARD
 from rlhf_dist.training.sft import SFT
 from rlhf_dist.training.supervised import Stage, SupervisedLoop
 from rlhf_dist.workers.dpo import build_dpo
+from rlhf_dist.workers.interpreter import check_interpreter
 from rlhf_dist.workers.placement import Demand, demands
 from rlhf_dist.workers.reward_model import build_reward_model
 from rlhf_dist.workers.roles import ROLES, build_worker
@@ -36,6 +37,8 @@ class Program(Protocol):
     config: Any
     sections: tuple[str, ...]
     """The config sections that have ranks."""
+    loads_in_turn: bool
+    """Whether a group loads only when those before it have, because they share devices by turns."""
 
     def check(self) -> Any:
         """Finds what can be found wrong before a process is started."""
@@ -55,16 +58,20 @@ class Program(Protocol):
 
 
 class PPOProgram:
-    """PPO: up to four roles and the coordinator."""
+    """PPO: up to four engine roles, a rollout group if the policy does not sample itself, and the coordinator."""
 
     sections = ROLES
 
     def __init__(self, config: PPOConfig) -> None:
         self.config = config
+        self.loads_in_turn = config.placement.offload == "idle"
 
     def check(self) -> Any:
-        """Models, data, rewards, DeepSpeed files."""
-        return check_run(self.config)
+        """Models, data, rewards, DeepSpeed files, the interpreter of the rollout ranks."""
+        facts = check_run(self.config)
+        if self.config.rollout.python:
+            check_interpreter(self.config.rollout.python)
+        return facts
 
     def demands(self) -> list[Demand]:
         """A group a role."""
@@ -83,6 +90,7 @@ class SupervisedProgram:
     """A supervised stage: one role, one loop. Subclasses say what differs."""
 
     sections = ("model",)
+    loads_in_turn = False
     stage: Stage
     checks: Callable[[Any], Any]
     builds: Callable[[Any, Rank], Any]

@@ -67,15 +67,16 @@ class CoordinatorActor:
 
 @contextmanager
 def ray_groups(program: Program) -> Iterator[dict[str, RayGroup]]:
-    """The run's groups by role, placed and loaded side by side, and ended at the end."""
+    """The run's groups by role, placed and loaded side by side (or one after the other), and ended at the end."""
     groups: dict[str, RayGroup] = {}
     try:
         for demand in program.demands():
             groups[demand.role] = RayGroup(demand, program.factory(demand.role), program.config.placement)
-        for group in groups.values():
-            group.begin_start()
-        for group in groups.values():
-            group.finish_start()
+        for together in [[group] for group in groups.values()] if program.loads_in_turn else [list(groups.values())]:
+            for group in together:
+                group.begin_start()
+            for group in together:
+                group.finish_start()
         yield groups
     finally:
         for group in groups.values():

@@ -34,7 +34,7 @@ ModelFolder = Annotated[str, typer.Option("--model", "-m", help="folder of the r
 Settings = Annotated[
     list[str] | None,
     typer.Argument(
-        help="key=value: model.dtype, model.device, model.quantize, model.label, model.transform, model.microbatch_tokens, "
+        help="key=value: model.dtype, model.device, model.quantize, model.label, model.transform, model.microbatch_tokens, model.packing, "
         "data.max_tokens, data.overlong (error, drop, truncate), data.faults (error, drop) …"
     ),
 ]

@@ -18,6 +18,15 @@ class KlSection(Section):
     horizon: int = Field(10000, ge=1, description="episodes over which the controller acts")
 
 
+class ImportanceSection(Section):
+    """Truncated importance weights per token, min(π_old / π_sampler, cap): for samples that are not the trainer's own."""
+
+    correction: Literal["none", "truncated"] | None = Field(
+        None, description="truncated: weigh each token's policy loss; null: truncated where rollout.max_staleness is 1 or more, else none"
+    )
+    cap: float = Field(2.0, ge=1, description="largest weight: bounds the variance that a few unlikely tokens bring in")
+
+
 class AlgorithmSection(Section):
     """PPO and its critic-free relatives."""
 
@@ -45,6 +54,7 @@ class AlgorithmSection(Section):
         description="old log-probs by a forward of the trainer, or as the sampler saw them: one forward less; the first minibatch of every "
         "step then measures how far the two are apart, and a run in which that is more than rounding stops",
     )
+    importance: ImportanceSection = Field(default_factory=ImportanceSection)
     target_kl_step: float | None = Field(None, gt=0, description="end the update when k2(new, old) exceeds 1.5 × this")
     baseline_momentum: float = Field(0.9, ge=0, lt=1, description="running-mean baseline of `reinforce`")
     kl: KlSection = Field(default_factory=KlSection)
@@ -55,6 +65,15 @@ class AlgorithmSection(Section):
             raise ValueError("truncated: bootstrap needs the value model of estimator: gae")
         if self.whiten_rewards and self.estimator != "gae":
             raise ValueError("whiten_rewards scales the token rewards of estimator: gae; the others have one return a sequence")
+        return self
+
+    @model_validator(mode="after")
+    def _correction_has_two_policies(self) -> AlgorithmSection:
+        if self.importance.correction == "truncated" and self.old_logprobs == "sampler":
+            raise ValueError(
+                "importance.correction weighs the trainer's old log-probs against the sampler's, and old_logprobs: sampler takes the one "
+                "for the other: set old_logprobs: recompute"
+            )
         return self
 
     @property

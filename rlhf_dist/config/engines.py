@@ -29,6 +29,12 @@ class EngineSection(Section):
     cpus_per_rank: float = Field(1.0, gt=0, description="CPUs Ray reserves for each rank")
     gpus_per_rank: float = Field(0.0, ge=0, description="GPUs Ray reserves for each rank; a fraction colocates engines")
     microbatch_tokens: int = Field(8192, ge=1, description="most tokens in one forward, padding included; a longer sequence travels alone")
+    packing: bool = Field(
+        False,
+        description="several sequences in one row of a forward, none of which sees another; microbatch_tokens then counts no padding. "
+        "Large microbatches of ragged rows gain (on a CPU 3 times as fast at 4096 tokens); small ones, of rows of like length, hardly. "
+        "A model in which they would see each other is refused",
+    )
     trust_remote_code: bool = Field(False, description="run code shipped inside the model folder")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="attention kernel of transformers")
     quantize: Literal["none", "nf4"] = Field(
@@ -54,11 +60,6 @@ class PolicySection(TrainedSection):
     """The model being aligned."""
 
     model: str = Field(description="Hugging Face folder (or cached hub name) of a causal LM, or of a peft adapter for one")
-    packing: bool = Field(
-        False,
-        description="several sequences in one row of a forward, none of which sees another; microbatch_tokens then counts no padding. "
-        "Large microbatches of ragged rows gain (on a CPU 3 times as fast at 4096 tokens); small ones, of rows of like length, hardly",
-    )
 
 
 class ReferenceSection(EngineSection):

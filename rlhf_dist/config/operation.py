@@ -21,6 +21,17 @@ class PlacementSection(Section):
     threads_per_rank: int = Field(1, ge=1, description="CPU threads of each rank (OMP_NUM_THREADS)")
 
 
+class PPOPlacementSection(PlacementSection):
+    """Who starts the processes, and whether their engines share devices by turns."""
+
+    offload: Literal["none", "idle"] = Field(
+        "none",
+        description="idle: engines take turns; idle weights, gradients and optimiser state leave their device, for pinned host memory from "
+        "a GPU, for a temporary file from a CPU. Peak memory is that of the largest phase, not the sum. Costs the copies (offload/seconds) "
+        "and all overlap of engines; changes no result",
+    )
+
+
 class EvaluationSection(Section):
     """Held-out prompts, sampled with a stream of their own and one fixed seed, so that before and after are paired."""
 

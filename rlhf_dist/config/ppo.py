@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from rlhf_dist.config.algorithm import AlgorithmSection
 from rlhf_dist.config.data import DataSection
 from rlhf_dist.config.engines import PolicySection, ReferenceSection, ValueSection
-from rlhf_dist.config.operation import CheckpointSection, EvaluationSection, PlacementSection
+from rlhf_dist.config.operation import CheckpointSection, EvaluationSection, PPOPlacementSection
 from rlhf_dist.config.rewards import RewardSection
 from rlhf_dist.config.rollout import RolloutSection
 from rlhf_dist.config.run import RunSection
@@ -25,7 +25,7 @@ class PPOConfig(Section):
     reward: RewardSection
     rollout: RolloutSection = Field(default_factory=RolloutSection)
     algorithm: AlgorithmSection = Field(default_factory=AlgorithmSection)
-    placement: PlacementSection = Field(default_factory=PlacementSection)
+    placement: PPOPlacementSection = Field(default_factory=PPOPlacementSection)
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
 
@@ -38,10 +38,25 @@ class PPOConfig(Section):
             raise ValueError(
                 f"algorithm.estimator {self.algorithm.estimator} compares a prompt's samples: rollout.samples_per_prompt must be at least 2"
             )
+        if self.rollout.ranks and self.placement.launcher != "ray":
+            raise ValueError("rollout.ranks starts actors, which needs Ray: set placement.launcher=ray, or rollout.ranks=0")
         # The deepspeed launcher decides the ranks itself; what it decided is checked there.
-        if self.placement.launcher == "ray" and self.rollout.prompts_per_step < self.policy.ranks * self.rollout.shards_per_rank:
+        sampler = "rollout" if self.rollout.ranks else "policy"
+        ranks = self.rollout.ranks or self.policy.ranks
+        if self.placement.launcher == "ray" and self.rollout.prompts_per_step < ranks * self.rollout.shards_per_rank:
             raise ValueError(
-                "rollout.prompts_per_step is smaller than policy.ranks × rollout.shards_per_rank: some ranks would have nothing to generate"
+                f"rollout.prompts_per_step is smaller than {sampler}.ranks × rollout.shards_per_rank: "
+                "some ranks would have nothing to generate"
+            )
+        if self.rollout.max_staleness and self.algorithm.old_logprobs == "sampler":
+            raise ValueError(
+                "algorithm.old_logprobs: sampler takes the sampler's log-probs for those of the policy that trains, and with "
+                f"rollout.max_staleness {self.rollout.max_staleness} they are an older policy's: set algorithm.old_logprobs: recompute"
+            )
+        if self.rollout.max_staleness and self.placement.offload == "idle":
+            raise ValueError(
+                f"rollout.max_staleness {self.rollout.max_staleness} samples while the engines train, and placement.offload: idle lets one "
+                "engine work at a time: set one of the two back (max_staleness: 0, or offload: none)"
             )
         if self.reward.soft_overlong.buffer > self.rollout.max_new_tokens:
             raise ValueError("reward.soft_overlong.buffer is larger than rollout.max_new_tokens")
@@ -60,3 +75,10 @@ class PPOConfig(Section):
     def needs_reference(self) -> bool:
         """Whether a reference engine of its own is started."""
         return self.policy.lora is None
+
+    @property
+    def importance_cap(self) -> float | None:
+        """The largest importance weight of a token; None: tokens are not weighted. Unless the config says, only stale samples are."""
+        chosen = self.algorithm.importance.correction
+        corrects = self.rollout.max_staleness > 0 if chosen is None else chosen == "truncated"
+        return self.algorithm.importance.cap if corrects else None

@@ -17,7 +17,12 @@ class ScoringModelSection(Section):
     device: str = Field("auto", description="cpu, cuda, cuda:1 …; auto: the first GPU, the CPU where there is none")
     quantize: Literal["none", "nf4"] = Field("none", description="nf4: hold the linear layers in 4 bits (bitsandbytes)")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="attention kernel of transformers")
-    microbatch_tokens: int = Field(8192, ge=1, description="padded tokens in one forward; a longer text travels alone")
+    microbatch_tokens: int = Field(8192, ge=1, description="most tokens in one forward, padding included; a longer text travels alone")
+    packing: bool = Field(
+        False,
+        description="several texts in one row of a forward, none of which sees another; microbatch_tokens then counts no padding. A model "
+        "that does not read its score at the last token, or in which they would see each other, is refused",
+    )
     trust_remote_code: bool = Field(False, description="run code shipped inside the model folder")
     label: int | None = Field(None, ge=0, description="which output to read; needed when the model has several")
     transform: Literal["logit", "probability", "log_odds"] | None = Field(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -33,10 +33,11 @@ class Objective(Protocol):
 
 
 class Engine(Protocol):
-    """All methods are collective: every rank of the engine calls them in the same order."""
+    """All methods are collective: every rank of the engine calls them in the same order. module: of the role, as the engine holds it."""
 
     rank: int
     world_size: int
+    module: Any
 
     def forward(self, microbatches: Sequence[SequenceBatch]) -> list[Outputs]:
         """Outputs of each microbatch, without gradient. Ranks may pass different numbers, also none."""
@@ -50,8 +51,11 @@ class Engine(Protocol):
         """Clips, steps, advances the schedule, clears the gradient."""
         ...
 
-    def export_weights(self, merged: bool = True) -> Iterator[dict[str, Tensor]]:
-        """Weights in buckets of bounded size, on every rank: all of them under Hugging Face names, or the trained ones as they are."""
+    def export_weights(self, merged: bool = True, bucket_bytes: int = ...) -> Iterator[dict[str, Tensor]]:
+        """Weights in buckets, on every rank: all of them under Hugging Face names, or the trained ones as they are.
+
+        A bucket holds `bucket_bytes` at most; a larger weight travels alone.
+        """
         ...
 
     def save(self, folder: Path) -> None:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from torch import Tensor
+
 from rlhf_dist.contracts.engine import StepInfo
 from rlhf_dist.contracts.experience import ExperienceBatch, Piece
+from rlhf_dist.contracts.flops import FlopModel
 from rlhf_dist.contracts.group import Stored
 from rlhf_dist.contracts.moments import Moments
 from rlhf_dist.contracts.reward import RewardResult
 from rlhf_dist.contracts.tally import Tally
+from rlhf_dist.contracts.weights import BucketInfo, Link, Place, SyncInfo
 
 Stream = Literal["train", "eval"]
+Needs = Literal["nothing", "sampler", "weights", "sync", "training"]
+"""What a phase needs of a worker's models on the device. sampler: the weights it samples with; weights: those of its engine; sync: both;
+training: the engine's weights, gradients and optimiser state."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,7 @@ class PieceInfo:
 
     rows: tuple[int, ...]
     seconds: float
+    tally: Tally = field(default_factory=Tally)
 
 
 @dataclass(frozen=True)
@@ -138,6 +146,32 @@ class WrittenInfo:
     kl: tuple[float, ...] = ()
 
 
+@dataclass(frozen=True)
+class RestInfo:
+    """What of a rank's models is off the device.
+
+    training, weights: bytes that are away now. seconds: of all leaving and coming back so far. stays: what cannot leave, and why.
+    """
+
+    training: int = 0
+    weights: int = 0
+    seconds: float = 0.0
+    stays: str = ""
+
+    def __add__(self, other: RestInfo) -> RestInfo:
+        """Of two models on one rank."""
+        seconds = self.seconds + other.seconds
+        return RestInfo(self.training + other.training, self.weights + other.weights, seconds, self.stays or other.stays)
+
+
+class RestingRole(Protocol):
+    """Every role: its models leave the device when others need it. What a later call needs comes back with that call."""
+
+    def rest(self, needs: Needs) -> RestInfo:
+        """What the coming phase does not need leaves the device."""
+        ...
+
+
 class ScoringRole(Protocol):
     """Reference and value engines, and the policy itself, score shards; each rank takes its rows."""
 
@@ -148,6 +182,10 @@ class ScoringRole(Protocol):
 
 class TrainedRole(Protocol):
     """Policy and value train on the step's experience."""
+
+    def costs(self) -> FlopModel:
+        """What a forward of the model costs."""
+        ...
 
     def load_experience(self, shards: Sequence[ExperienceBatch], advantages: Moments) -> int:
         """Keeps the step's experience; returns its number of rows."""
@@ -167,6 +205,27 @@ class SamplingRole(Protocol):
 
     def generate(self, request: GenerateRequest) -> Stored[ExperienceBatch, RolloutInfo]:
         """Not collective. Samples this rank's prompts."""
+        ...
+
+
+class RolloutRole(SamplingRole, Protocol):
+    """Samples in processes of its own, from weights that the policy sends. A call begins when those before it are done: weights that were
+    asked to be taken after a generation never reach it."""
+
+    def place(self) -> Place:
+        """Where this rank's weights are."""
+        ...
+
+    def receive_weights(self, version: int, link: Link) -> SyncInfo:
+        """Takes all weights over a link, while the policy sends them (`PolicyRole.send_weights`)."""
+        ...
+
+    def take_weights(self, bucket: Mapping[str, Tensor]) -> int:
+        """Takes one bucket that came by reference; returns its bytes."""
+        ...
+
+    def hold_weights(self, version: int, sent: SyncInfo) -> SyncInfo:
+        """All buckets have come."""
         ...
 
 
@@ -191,8 +250,24 @@ class PolicyRole(SamplingRole, ScoringRole, TrainedRole, Protocol):
         """Collective. Compares a fresh training forward, cut differently, with the sampler, the old and the reference log-probs."""
         ...
 
-    def sync_weights(self, version: int) -> int:
-        """Collective. Makes the sampler use the trainer's weights; returns their checksum, equal on every rank."""
+    def sync_weights(self, version: int) -> SyncInfo:
+        """Collective. Makes the sampler in this process use the trainer's weights; their checksum is equal on every rank."""
+        ...
+
+    def place(self) -> Place:
+        """Where this rank's weights are."""
+        ...
+
+    def open_link(self, link: Link) -> Link:
+        """Not collective; on rank 0 only. Opens the store where the rollout ranks meet this one; returns the link with its port."""
+        ...
+
+    def send_weights(self, link: Link) -> SyncInfo:
+        """Collective. Exports all weights, adapters merged; rank 0 sends them over the link. Each rank returns what it exported."""
+        ...
+
+    def next_weights(self, bucket_bytes: int) -> Stored[Mapping[str, Tensor], BucketInfo]:
+        """Collective. The next bucket of an export, which rank 0 keeps for others to fetch; the call after the last says that it was."""
         ...
 
     def write_rollouts(

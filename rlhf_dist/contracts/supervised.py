@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from rlhf_dist.contracts.flops import FlopModel
 from rlhf_dist.contracts.roles import UpdateInfo, UpdateRequest
 from rlhf_dist.contracts.tally import Tally
 
@@ -18,6 +19,7 @@ class RowFacts:
     """What the schedule needs, one number a row: tokens (the cost) and trained units (the weight in the loss).
 
     fates: rows dropped or cut, by reason. facts: worth showing. eval_fates: of `fates`, what befell held-out rows.
+    costs: of a row as a forward; None: tokens alone count.
     """
 
     lengths: tuple[int, ...]
@@ -26,6 +28,7 @@ class RowFacts:
     fates: dict[str, int] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     eval_fates: dict[str, int] = field(default_factory=dict)
+    costs: FlopModel | None = None
 
     @property
     def train_fates(self) -> dict[str, int]:

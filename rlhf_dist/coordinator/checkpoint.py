@@ -11,13 +11,16 @@ from rlhf_dist.runs.state import RunState
 
 
 def export(groups: Groups, folder_of: Callable[[str], str]) -> None:
-    """Writes policy and value, side by side where the groups are processes of their own.
+    """Writes policy and value, side by side where the groups are processes of their own and do not take turns.
 
     Args:
         groups: the run's workers.
         folder_of: the folder of a role; what it gives on ranks that write nothing is not used.
     """
-    asked = [(group, group.submit(TrainedRole.export, [(folder_of(group.name),)] * group.world_size)) for group in groups.trained()]
+    asked = []
+    for group in groups.trained():
+        groups.turn(group)
+        asked.append((group, group.submit(TrainedRole.export, [(folder_of(group.name),)] * group.world_size)))
     for group, handles in asked:
         group.collect(handles)
 

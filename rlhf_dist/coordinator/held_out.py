@@ -45,6 +45,7 @@ def evaluate(groups: Groups, yardstick: Yardstick, batch: Batch, version: int, p
         version: of the policy that is evaluated.
         path: Parquet file, written by the policy's rank 0.
     """
+    groups.turn(groups.sampler, needs="sampler")
     shards = generate(groups.sampler, batch, version, 1)
     score(groups, shards, with_value=False)
     collect_rollouts(groups.sampler, shards)

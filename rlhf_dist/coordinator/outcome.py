@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from rlhf_dist.contracts.tally import merged
+from rlhf_dist.contracts.tally import Tally, merged
 from rlhf_dist.coordinator.experience import Experience
 from rlhf_dist.coordinator.judging import Judged
 from rlhf_dist.coordinator.shards import Shard
@@ -15,7 +15,10 @@ from rlhf_dist.runs.clock import Clock
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """A finished step, over all ranks. clock: seconds by phase; bytes_moved: what passed through the coordinator."""
+    """A finished step, over all ranks.
+
+    clock: seconds by phase; bytes_moved: what passed through the coordinator; staleness: of the samples.
+    """
 
     shards: Sequence[Shard]
     judged: Judged
@@ -23,6 +26,7 @@ class StepOutcome:
     report: UpdateReport
     clock: Clock
     bytes_moved: int
+    staleness: Tally = field(default_factory=Tally)
 
     @property
     def episodes(self) -> int:
@@ -52,7 +56,8 @@ class StepOutcome:
     def metrics(self) -> dict[str, float]:
         """All metrics of the step under the names the ecosystem knows."""
         sampled = [shard.info.tally for shard in self.shards if shard.info is not None]
-        counted = merged([*sampled, self.judged.tally, self.experience.tally]).means()
+        scored = [info.tally for shard in self.shards for info in shard.scored]
+        counted = merged([*sampled, *scored, self.staleness, self.judged.tally, self.experience.tally]).means()
         moved = {"coordinator/bytes_per_sample": self.bytes_moved / len(self.judged.keep)}
         truncated = sum(shard.info.truncated_prompts for shard in self.shards if shard.info is not None)
         fates = {"data/dropped_prompts": float(self.dropped_prompts), "data/truncated_prompts": float(truncated)}

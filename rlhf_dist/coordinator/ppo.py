@@ -6,6 +6,7 @@ in an actor; under the deepspeed launcher, and in one plain process, every rank 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Iterator, Sequence
@@ -19,12 +20,25 @@ from rlhf_dist.config.loading import dump_config
 from rlhf_dist.config.ppo import PPOConfig
 from rlhf_dist.contracts.roles import PolicyRole
 from rlhf_dist.coordinator.checkpoint import checkpoint, export
+from rlhf_dist.coordinator.colocation import Turns
 from rlhf_dist.coordinator.experience import Coefficients, Experience, estimate
 from rlhf_dist.coordinator.held_out import HeldOutRecord, Yardstick, evaluate
 from rlhf_dist.coordinator.judging import Judged, judge
 from rlhf_dist.coordinator.outcome import StepOutcome
+from rlhf_dist.coordinator.pipeline import Pipeline
 from rlhf_dist.coordinator.preflight import check_first_minibatch, preflight
-from rlhf_dist.coordinator.shards import Batch, Groups, Shard, collect_rollouts, collect_scores, generate, score
+from rlhf_dist.coordinator.shards import (
+    Batch,
+    Groups,
+    Shard,
+    collect_rollouts,
+    collect_scores,
+    generate,
+    sampling_seconds,
+    score_frozen,
+    score_trained,
+)
+from rlhf_dist.coordinator.sync import WeightSync
 from rlhf_dist.coordinator.update import Updater
 from rlhf_dist.rewards.mixture import RewardMixer
 from rlhf_dist.runs.clock import Clock
@@ -50,10 +64,15 @@ class PPOCoordinator:
     """
 
     def __init__(self, config: PPOConfig, groups: Groups, recorder: Recorder, reporter: Reporter) -> None:
+        if config.placement.offload == "idle":
+            groups = dataclasses.replace(groups, turn=Turns(groups.all()))
         self.config, self.groups, self.recorder, self.reporter = config, groups, recorder, reporter
         self.state = RunState(kl_coef=config.algorithm.kl.coef)
         self.mixer = RewardMixer(config.reward, config.rollout.max_new_tokens)
+        self.pipeline = Pipeline(config.run.steps, config.rollout.max_staleness)
         self.updater = Updater(config, groups)
+        self.sync = WeightSync(config, groups)
+        self.synced: dict[str, float] = {}
         self.yardstick = Yardstick(config.reward, config.rollout.max_new_tokens)
         self.held_out = HeldOutRecord()
         self.clock, self.evaluation_clock = Clock(), Clock()
@@ -74,27 +93,35 @@ class PPOCoordinator:
         return self._finish(time.perf_counter() - began)
 
     def _step(self, step: int) -> None:
-        """One iteration. Under Ray asking does not wait: all engines have their orders while the first shard is still being sampled."""
-        clock, moved, rollout = Clock(), self.groups.bytes_moved(), self.config.rollout
-        with self._phase(clock, step, "generate"):  # 1. sample: every rank its shards, fixed before it begins
-            shards = generate(self.groups.sampler, self._batch(step), self.state.policy_version, rollout.shards_per_rank)
-        with self._phase(clock, step, "score"):  # 2. old log-probs, reference, values and rewards, of each shard as soon as it is there
-            score(self.groups, shards, with_value=True, with_policy=not self._sampled)
+        """One iteration. Under Ray asking does not wait: all engines have their orders while the first shard is still being sampled.
+
+        Where groups take turns (`placement.offload`), each turn begins when the one before is over; otherwise `turn` does nothing.
+        """
+        clock, moved = Clock(), self.groups.bytes_moved()
+        with self._phase(clock, step, "generate"):  # 1. ask for samples: of this step, or of the one max_staleness steps ahead
+            fresh = self.pipeline.ask(step, self._generate)
+            self.groups.turn()
+        with self._phase(clock, step, "score"):  # 2. reference and rewards score a shard once it is there; what learns, at the step's turn
+            score_frozen(self.groups, fresh)
+            shards = self.pipeline.take(step)
+            score_trained(self.groups, shards, with_policy=not self._sampled)
         with self._phase(clock, step, "generate"):
             clock.tokens = collect_rollouts(self.groups.sampler, shards)
+            staleness = self.pipeline.staleness(step, shards)
         with self._phase(clock, step, "score"):
             collect_scores(self.groups, shards)
-            judged = judge(self.mixer, shards, rollout.samples_per_prompt, update=True)
+            judged = judge(self.mixer, shards, self.config.rollout.samples_per_prompt, update=True)
         with self._phase(clock, step, "estimate"):  # 3. advantages and returns on the policy workers, moments merged here
             experience = self._estimate(shards, judged)
-        with self._phase(clock, step, "train"):  # 4. epochs of minibatches, policy and value side by side
+        with self._phase(clock, step, "train"):  # 4. epochs of minibatches, policy and value side by side, or each at its turn
             report = self.updater.update(step, experience)
             check_first_minibatch(report.first, self.config.policy.dtype, step, sampled=self._sampled)
-        with self._phase(clock, step, "sync"):  # 5. the sampler gets the new weights, if there are any
-            self._sync_weights(self.state.policy_version + (report.policy_steps > 0))
+        with self._phase(clock, step, "sync"):  # 5. the sampler gets the weights of the next version, behind what it was asked for before
+            self._sync_weights(step + 1)
         with self._phase(clock, step, "record"):  # 6. every sample to Parquet; then the state moves on, and the step is shown
             self._write_rollouts(step + 1, shards, judged)
-        self._complete(StepOutcome(shards, judged, experience, report, clock, self.groups.bytes_moved() - moved))
+        clock.worked["generate"] = sampling_seconds(shards, self.groups.sampler.world_size)
+        self._complete(StepOutcome(shards, judged, experience, report, clock, self.groups.bytes_moved() - moved, staleness))
 
     def _start(self) -> None:
         self.recorder.config(self.config)
@@ -107,10 +134,17 @@ class PPOCoordinator:
         self._sync_weights(0)
         seen = preflight(self.config, self.groups, self.state.policy_version)
         self.reporter.message("preflight passed: " + ", ".join(f"{k.split('/', 1)[1]} {v:.2g}" for k, v in seen.items()))
-        self.recorder.metrics(0, seen | self._evaluate(0))
+        for what in self.groups.turn.stays:
+            self.reporter.message(f"placement.offload: {what}")
+        self.recorder.metrics(0, seen | self._evaluate(0) | self.groups.turn.metrics())
 
-    def _batch(self, step: int) -> Batch:
-        return Batch("train", step, self.state.prompt_cursor, self.config.rollout.prompts_per_step, self.config.rollout.samples_per_prompt)
+    def _generate(self, step: int, version: int) -> list[Shard]:
+        """Asks every rank for its shards of a step, this one or a later one, fixed before it begins."""
+        rollout = self.config.rollout
+        self.groups.turn(self.groups.sampler, needs="sampler")
+        start = self.state.prompt_cursor + (step - self.state.step) * rollout.prompts_per_step
+        batch = Batch("train", step, start, rollout.prompts_per_step, rollout.samples_per_prompt)
+        return generate(self.groups.sampler, batch, version, rollout.shards_per_rank)
 
     def _estimate(self, shards: Sequence[Shard], judged: Judged) -> Experience:
         """`reinforce` has no running mean yet at step 0: there the mean return of the step itself takes its place."""
@@ -125,14 +159,8 @@ class PPOCoordinator:
         return experience
 
     def _sync_weights(self, version: int) -> None:
-        policy = self.groups.policy
-        sums = policy.collect(policy.submit(PolicyRole.sync_weights, [(version,)] * policy.world_size))
-        if len(set(sums)) != 1:
-            raise UserError(
-                f"after the sync to version {version} the ranks hold different weights (checksums {sorted(set(sums))})",
-                where="policy, weight sync",
-                fix="the ranks have drifted apart: report this with the config; do not use the weights",
-            )
+        self.groups.turn(self.groups.policy, self.groups.sampler, needs="sync")
+        self.synced = self.sync(version)
         self.state.policy_version = version
 
     def _write_rollouts(self, done: int, shards: Sequence[Shard], judged: Judged) -> None:
@@ -143,7 +171,7 @@ class PPOCoordinator:
 
     def _complete(self, outcome: StepOutcome) -> None:
         """Advances the state, evaluates and saves when it is time, and shows the step."""
-        metrics = outcome.metrics() | {"objective/kl_coef": self.state.kl_coef}
+        metrics = outcome.metrics() | self.synced | {"objective/kl_coef": self.state.kl_coef}
         self._advance(outcome)
         done, total = self.state.step, self.config.run.steps
         self.clock.add(outcome.clock)
@@ -151,6 +179,7 @@ class PPOCoordinator:
         metrics |= {"episode": float(samples), "policy/version": float(self.state.policy_version)}
         if done == total or _due(done, self.config.evaluation.every):
             metrics |= self._evaluate(done)
+        metrics |= self.groups.turn.metrics()
         self.recorder.metrics(done, metrics)
         if _due(done, self.config.checkpoint.every):
             checkpoint(self.groups, self.recorder, self.state, self.config.checkpoint.keep)

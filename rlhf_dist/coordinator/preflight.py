@@ -60,6 +60,7 @@ def preflight(config: PPOConfig, groups: Groups, version: int) -> dict[str, floa
     """
     prompts = min(config.rollout.prompts_per_step, 2 * groups.policy.world_size)
     limit = min(PROBE_TOKENS, config.rollout.max_new_tokens)
+    groups.turn(groups.sampler, needs="sampler")
     shards = generate(groups.sampler, Batch("train", PROBE_STEP, 0, prompts, 1, limit), version, 1)
     score(groups, shards, with_value=True)
     collect_rollouts(groups.sampler, shards)

@@ -7,18 +7,33 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from rlhf_dist.contracts.group import Handle, WorkerGroup
-from rlhf_dist.contracts.roles import GenerateRequest, PolicyRole, RewardRole, RolloutInfo, SamplingRole, ScoreInfo, ScoringRole, Stream
+from rlhf_dist.contracts.roles import (
+    GenerateRequest,
+    PieceInfo,
+    PolicyRole,
+    RewardRole,
+    RolloutInfo,
+    SamplingRole,
+    ScoreInfo,
+    ScoringRole,
+    Stream,
+)
+from rlhf_dist.coordinator.colocation import Turns
 
 
 @dataclass(frozen=True)
 class Groups:
-    """The worker groups of a run. None: the reference with LoRA, the value model without GAE, rollout where the policy samples itself."""
+    """The worker groups of a run. None: the reference with LoRA, the value model without GAE, rollout where the policy samples itself.
+
+    turn: who may be on the devices; by itself everyone.
+    """
 
     policy: WorkerGroup
     reward: WorkerGroup
     reference: WorkerGroup | None = None
     value: WorkerGroup | None = None
     rollout: WorkerGroup | None = None
+    turn: Turns = field(default_factory=Turns)
 
     @property
     def sampler(self) -> WorkerGroup:
@@ -59,6 +74,7 @@ class Shard:
     judged: list[Handle] = field(default_factory=list)
     info: RolloutInfo | None = None
     scores: list[ScoreInfo] = field(default_factory=list)
+    scored: list[PieceInfo] = field(default_factory=list)
 
     @property
     def rows(self) -> int:
@@ -86,24 +102,52 @@ def generate(sampler: WorkerGroup, batch: Batch, version: int, shards_per_rank: 
     return [Shard(rounds[number][rank]) for rank in range(sampler.world_size) for number in range(shards_per_rank)]
 
 
-def score(groups: Groups, shards: Sequence[Shard], *, with_value: bool, with_policy: bool = True) -> None:
-    """Asks all engines to score each shard; each begins as soon as the shard is there and the engine is free. Does not wait.
+def score(groups: Groups, shards: Sequence[Shard], *, with_value: bool) -> None:
+    """Asks all engines to score shards that are judged by the policy that made them (evaluation, preflight). Does not wait."""
+    score_frozen(groups, shards)
+    score_trained(groups, shards, with_value=with_value)
+
+
+def score_frozen(groups: Groups, shards: Sequence[Shard]) -> None:
+    """Asks reference and rewards, which stay as they are: they may score long before the shard is trained on. Does not wait.
+
+    Each begins as soon as a shard is there and the engine is free; where groups take turns, with all shards of one before the next.
+    """
+    if groups.reference is not None:
+        groups.turn(groups.reference)
+        for shard in shards:
+            shard.pieces += _everyone(groups.reference, ScoringRole.score, (shard.rollouts,))
+    groups.turn(groups.reward)
+    for shard in shards:
+        shard.judged += _everyone(groups.reward, RewardRole.judge, (shard.rollouts,))
+
+
+def score_trained(groups: Groups, shards: Sequence[Shard], *, with_value: bool = True, with_policy: bool = True) -> None:
+    """Asks value model and policy, which learn: what they say of a shard is of the version that trains on it. Does not wait.
+
+    With LoRA the policy speaks for the reference too; it is asked here, since it may be busy with the step before.
 
     Args:
         with_value: also ask the value model. with_policy: also recompute the policy's own log-probs.
     """
-    for shard in shards:
-        given = (shard.rollouts,)
-        if groups.reference is not None:
-            shard.pieces += _everyone(groups.reference, ScoringRole.score, given)
-        if with_value and groups.value is not None:
-            shard.pieces += _everyone(groups.value, ScoringRole.score, given)
-        shard.judged += _everyone(groups.reward, RewardRole.judge, given)
-    for shard in shards:  # the policy is busy generating until the last shard is done
+    if with_value and groups.value is not None:
+        groups.turn(groups.value)
+        for shard in shards:
+            shard.pieces += _everyone(groups.value, ScoringRole.score, (shard.rollouts,))
+    if with_policy or groups.reference is None:
+        groups.turn(groups.policy)
+    for shard in shards:  # where the policy samples, it is busy until the last shard is done
         if with_policy:
             shard.pieces += _everyone(groups.policy, ScoringRole.score, (shard.rollouts,))
         if groups.reference is None:
             shard.pieces += _everyone(groups.policy, PolicyRole.reference_score, (shard.rollouts,))
+
+
+def sampling_seconds(shards: Sequence[Shard], ranks: int) -> float:
+    """What sampling took by the samplers' own clocks, on the rank that took longest; other work may have run meanwhile."""
+    seconds = [shard.info.seconds for shard in shards if shard.info is not None]
+    each = len(seconds) // ranks  # a rank's shards follow each other (`generate`)
+    return max(sum(seconds[rank * each : (rank + 1) * each]) for rank in range(ranks))
 
 
 def collect_rollouts(sampler: WorkerGroup, shards: Sequence[Shard]) -> int:
@@ -119,7 +163,7 @@ def collect_scores(groups: Groups, shards: Sequence[Shard]) -> None:
     for shard in shards:
         shard.scores = groups.reward.collect(shard.judged)
     for shard in shards:
-        groups.policy.collect(shard.pieces)
+        shard.scored = groups.policy.collect(shard.pieces)
 
 
 def _everyone(group: WorkerGroup, method: object, arguments: tuple[object, ...]) -> list[Handle]:

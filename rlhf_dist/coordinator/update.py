@@ -1,13 +1,15 @@
-"""The update phase: epochs of minibatches, policy and value side by side."""
+"""The update phase: epochs of minibatches, policy and value side by side, or one after the other where groups take turns."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rlhf_dist.algos.losses import denominator
 from rlhf_dist.config.ppo import PPOConfig
 from rlhf_dist.contracts.engine import StepInfo
+from rlhf_dist.contracts.flops import FlopModel
 from rlhf_dist.contracts.group import Handle, WorkerGroup
 from rlhf_dist.contracts.roles import TrainedRole, UpdateInfo, UpdateRequest
 from rlhf_dist.contracts.tally import Tally, merged
@@ -15,6 +17,7 @@ from rlhf_dist.coordinator.experience import Experience
 from rlhf_dist.coordinator.shards import Groups
 from rlhf_dist.data.schedule import assign, minibatch_rows
 
+Rows = tuple[int, ...]
 EARLY_STOP = 1.5  # NUMERICS §1: the update ends when k2(new, old) exceeds this times the target
 
 
@@ -59,24 +62,44 @@ class Updater:
         self._target_kl = algorithm.target_kl_step
         self._value_warmup = config.value.warmup_steps if groups.value else 0
         self._budgets = {"policy": config.policy.microbatch_tokens, "value": config.value.microbatch_tokens}
-        self._packed = {"policy": config.policy.packing, "value": False}
+        self._packed = {"policy": config.policy.packing, "value": config.value.packing}
 
     def update(self, step: int, experience: Experience) -> UpdateReport:
-        """All epochs of one PPO step. Waits between minibatches only where an early stop may be due."""
-        pending = {group.name: _Pending(group) for group in self._trained(step)}
+        """All epochs of one PPO step. Waits between minibatches only where an early stop may be due.
+
+        An early stop ends the value model's update too: after as many minibatches where it trains at its own turn.
+        """
+        trained, report, minibatches = self._trained(step), UpdateReport(), self._plan(step, experience)
+        for together in [[group] for group in trained] if self._groups.turn.taken else [trained]:
+            self._groups.turn(*together, needs="training")
+            minibatches = self._train_together(together, minibatches, experience, report)
+        report.metrics["policy/stopped_early"] = float(report.stopped_early)
+        return report
+
+    def _train_together(
+        self, groups: Sequence[WorkerGroup], minibatches: list[Rows], experience: Experience, report: UpdateReport
+    ) -> list[Rows]:
+        """Trains groups side by side; returns the minibatches that were taken."""
+        pending = {group.name: _Pending(group) for group in groups}
         self._load(pending, experience)
-        report = UpdateReport()
-        for rows in (rows for epoch in self._plan(step, experience) for rows in epoch):
+        taken = 0
+        for rows in minibatches:
             for each in pending.values():
                 each.handles.append(self._train(each.group, rows, experience))
+            taken += 1
             if self._target_kl is not None and "policy" in pending and self._too_far(pending["policy"]):
                 report.stopped_early = True
                 break
         for each in pending.values():
             each.collect()
             _summarise(each, report)
-        report.metrics["policy/stopped_early"] = float(report.stopped_early)
-        return report
+        return minibatches[:taken]
+
+    @functools.cached_property
+    def _costs(self) -> dict[str, FlopModel]:
+        """What each trained model costs, as its workers say when the first update asks."""
+        asked = {group.name: (group, group.submit(TrainedRole.costs, [()] * group.world_size)) for group in self._groups.trained()}
+        return {name: group.collect(handles)[0] for name, (group, handles) in asked.items()}
 
     def _trained(self, step: int) -> list[WorkerGroup]:
         return [group for group in self._groups.trained() if group is not self._groups.policy or step >= self._value_warmup]
@@ -87,13 +110,15 @@ class Updater:
         for group, handles in loads:
             group.collect(handles)
 
-    def _plan(self, step: int, experience: Experience) -> list[list[tuple[int, ...]]]:
+    def _plan(self, step: int, experience: Experience) -> list[Rows]:
         rows = len(experience.lengths)
-        return minibatch_rows(rows, self._epochs, min(self._minibatches, rows), self._seed, step)
+        epochs = minibatch_rows(rows, self._epochs, min(self._minibatches, rows), self._seed, step)
+        return [minibatch for epoch in epochs for minibatch in epoch]
 
-    def _train(self, group: WorkerGroup, rows: tuple[int, ...], experience: Experience) -> list[Handle]:
+    def _train(self, group: WorkerGroup, rows: Rows, experience: Experience) -> list[Handle]:
         total = denominator([experience.valid_tokens[row] for row in rows], self._reduction, self._max_new_tokens)
-        shares = assign(rows, experience.lengths, group.world_size, self._budgets[group.name], packed=self._packed[group.name])
+        budget, packed, cost = self._budgets[group.name], self._packed[group.name], self._costs[group.name].in_tokens
+        shares = assign(rows, experience.lengths, group.world_size, budget, packed=packed, cost=cost)
         return group.submit(TrainedRole.update, [(UpdateRequest(share, total),) for share in shares])
 
     def _too_far(self, policy: _Pending) -> bool:

@@ -39,6 +39,11 @@ class AnswersRow:
         """Tokens of the row in a batch, the padding of the shorter answers included."""
         return len(self.answers) * max(len(answer) for answer in self.answers)
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of all answers, each with its prompt."""
+        return sum(len(answer) for answer in self.answers)
+
 
 class AnswersEncoder:
     """Makes token rows of a prompt and its answers.

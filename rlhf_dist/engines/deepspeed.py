@@ -17,7 +17,9 @@ from rlhf_dist.config.deepspeed import zero_stage
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.config.optim import OptimSection
 from rlhf_dist.contracts.engine import Objective, Outputs, StepInfo
+from rlhf_dist.contracts.roles import RestInfo
 from rlhf_dist.contracts.tally import Tally
+from rlhf_dist.engines.offload import Parking, own_weights, scratch_storages, training_storages, weight_storages
 from rlhf_dist.engines.process import Rank, quiet_deepspeed
 from rlhf_dist.models.lora import named_weights, trained_weights
 from rlhf_dist.models.saving import write_origin
@@ -62,12 +64,39 @@ class DeepSpeedEngine:
             self._engine, *_ = quiet_deepspeed().initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
             self.module = self._engine.module
         self.module.eval()
+        self._training_state, self._weights = Parking(self.device), Parking(self.device)
+
+    def rest(self, *, weights: bool = False) -> int:
+        """Takes what only training needs out of the device, and the weights as well if asked; returns the bytes that left so far.
+
+        Each verb brings back what it needs. Between optimizer steps only, and never between `forward_backward` and its step.
+        """
+        if self._training is not None and not self._training_state.bytes:
+            optimizer = self._engine.optimizer
+            self._training_state.park(training_storages(optimizer, self.module).values(), scratch_storages(optimizer).values())
+        if weights and not self._weights.bytes:
+            own_weights(self.module)
+            self._weights.park(weight_storages(self.module).values())
+        return self._training_state.bytes + self._weights.bytes
+
+    @property
+    def resting(self) -> RestInfo:
+        """What is off the device, and how long that has taken."""
+        training, weights = self._training_state, self._weights
+        return RestInfo(training.bytes, weights.bytes, training.seconds + weights.seconds)
+
+    def wake(self, *, training: bool = False) -> None:
+        """Brings the weights back, and what training needs if asked. For whoever uses the module without a verb."""
+        self._weights.restore()
+        if training:
+            self._training_state.restore()
 
     def forward(self, microbatches: Sequence[Any], **options: Any) -> list[Outputs]:
         """Outputs of each microbatch, without gradient, on the CPU. Ranks may pass different numbers of microbatches, also none.
 
         Under ZeRO 3 every forward is a collective, so ranks with fewer forward blanks along with the others.
         """
+        self.wake()
         rounds = self._agreed_rounds(len(microbatches))
         call = self.module if self._engine is None else self._engine
         outputs = []
@@ -86,6 +115,7 @@ class DeepSpeedEngine:
         (gradient_accumulation_steps is 1): so the loss is multiplied by the ranks, and the boundary is set by hand.
         """
         self._trained()
+        self.wake(training=True)
         rounds = max(self._agreed_rounds(len(microbatches)), 1)
         tally = Tally()
         # Transformers recomputes activations in training mode only; dropout is 0, so nothing else changes with the mode.
@@ -117,18 +147,20 @@ class DeepSpeedEngine:
         norm = float(self._engine.get_global_grad_norm() or 0.0) if norm is None else norm
         return StepInfo(norm, lr, self._engine.skipped_steps > skipped_before)
 
-    def export_weights(self, merged: bool = True) -> Iterator[dict[str, Tensor]]:
-        """Weights in buckets of at most 256 MiB (a larger weight travels alone).
+    def export_weights(self, merged: bool = True, bucket_bytes: int = BUCKET_BYTES) -> Iterator[dict[str, Tensor]]:
+        """Weights in buckets of bounded size, copies all of them.
 
         Args:
             merged: all weights under Hugging Face names, adapters merged; otherwise the trained ones alone, as they are.
+            bucket_bytes: most bytes in a bucket; a larger weight travels alone.
         """
+        self.wake()
         bucket: dict[str, Tensor] = {}
         size = 0
         for name, parameters, compute in (named_weights if merged else trained_weights)(self.module.model):
             with self._gathered(parameters):
                 weight = compute().clone()
-            if bucket and size + weight.nbytes > BUCKET_BYTES:
+            if bucket and size + weight.nbytes > bucket_bytes:
                 yield bucket
                 bucket, size = {}, 0
             bucket[name] = weight
@@ -142,6 +174,7 @@ class DeepSpeedEngine:
         Frozen weights are left out: they are those of the base model, whose folder is named instead.
         """
         self._trained()
+        self.wake(training=True)
         self._engine.save_checkpoint(
             str(folder),
             tag=TAG,
@@ -159,6 +192,7 @@ class DeepSpeedEngine:
             UserError: the folder holds no checkpoint of this engine.
         """
         self._trained()
+        self.wake(training=True)
         kept = _load_trained if self._freezes() else None
         path, state = None, {}
         if (folder / TAG).is_dir():

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from rlhf_dist.engines.memory import keep_freed_memory
 from rlhf_dist.models.quiet import quiet_libraries
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -58,9 +59,16 @@ def start_process_group(rank: int, world_size: int, local_rank: int, address: st
     deepspeed = quiet_deepspeed()
     if on_gpu:
         torch.cuda.set_device(local_rank)
+    else:
+        keep_freed_memory()
     backend = "nccl" if on_gpu else "gloo"
     deepspeed.init_distributed(dist_backend=backend, timeout=COLLECTIVE_TIMEOUT, auto_mpi_discovery=False, verbose=False)
     return Rank(rank, world_size, local_rank, f"cuda:{local_rank}" if on_gpu else "cpu")
+
+
+def rank_alone(rank: int, world_size: int) -> Rank:
+    """This process as one of several that never meet in a collective; nothing is imported for it."""
+    return Rank(rank, world_size, 0, "cuda:0" if torch.cuda.is_available() else "cpu")
 
 
 def stop_process_group() -> None:

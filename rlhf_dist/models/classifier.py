@@ -14,6 +14,7 @@ from rlhf_dist.config.engines import EngineSection
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.models.inputs import width_step
 from rlhf_dist.models.loading import context_length, load_pretrained
+from rlhf_dist.models.packing import HEAD_ROUNDING, lively_head, packed_rows, refusal, refuse_leaks, wants_one_row
 from rlhf_dist.models.padding import embedding_rows
 
 Transform = Literal["logit", "probability", "log_odds"]
@@ -64,12 +65,16 @@ class ClassifierModule(nn.Module):
         model: a Hugging Face `*ForSequenceClassification`, dropout off.
         label: which output to read; needed when there are several.
         transform: what to make of it; needed when there are several, the logit otherwise.
+        packing: put several texts in one row (`models.packing`); what comes out is the same up to rounding.
 
     Raises:
-        UserError: several outputs without label and transform, or a label that does not exist.
+        UserError: several outputs without label and transform, or a label that does not exist; packing, and a model in which packed texts
+            see each other or which does not read its scores at the last token, through a layer named `score`.
     """
 
-    def __init__(self, model: PreTrainedModel, label: int | None = None, transform: Transform | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, label: int | None = None, transform: Transform | None = None, *, packing: bool = False
+    ) -> None:
         super().__init__()
         self.model: Any = model
         config: Any = model.config
@@ -92,6 +97,9 @@ class ClassifierModule(nn.Module):
         # One output, or several that do not exclude each other: each is a yes-or-no question of its own.
         self._independent = labels == 1 or getattr(config, "problem_type", None) == "multi_label_classification"
         self._vocabulary = embedding_rows(model)
+        self.packing = packing
+        if packing:
+            self._try_packing()
 
     @property
     def context_tokens(self) -> int | None:
@@ -116,11 +124,12 @@ class ClassifierModule(nn.Module):
             )
         return context if wanted is None else wanted
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-        """Scores of the rows.
+    def forward(self, tokens: dict[str, Tensor], last_B: Tensor | None = None) -> dict[str, Tensor]:
+        """Scores of the texts.
 
         Args:
-            input_ids: int64 [B, L], right-padded; padded slots may hold anything. attention_mask: bool [B, L].
+            tokens: input_ids int64 [B, L], right-padded with anything, and attention_mask bool [B, L]; or those of `packed_rows`.
+            last_B: slots of packed texts at which their scores are read, None for padded ones.
 
         Returns:
             score_B: float32.
@@ -128,6 +137,11 @@ class ClassifierModule(nn.Module):
         Raises:
             UserError: the model does not answer with one row of logits a sequence.
         """
+        logits_BC = self._padded(**tokens) if last_B is None else self._packed(tokens, last_B)
+        return {"score_B": self._score(logits_BC.float())}
+
+    def _padded(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Through the model's own forward, with its own pooling."""
         mask_BL = attention_mask.bool()
         named = self._own_pad()
         pad = _absent_id(input_ids, mask_BL, self._vocabulary) if named is None else named
@@ -140,14 +154,27 @@ class ClassifierModule(nn.Module):
                 where=str(self.model.config.name_or_path),
                 fix="use a sequence classifier: one row of num_labels logits a sequence",
             )
-        return {"score_B": self._score(logits.float())}
+        return logits
 
-    def inputs(self, texts: EncodedTexts) -> dict[str, Tensor]:
-        """Keyword arguments of `forward`; in half precision as wide as `inputs.width_step` asks, within the context."""
+    def _packed(self, tokens: dict[str, Tensor], last_B: Tensor) -> Tensor:
+        model = self._base
+        hidden = getattr(model, model.base_model_prefix)(**tokens, use_cache=False).last_hidden_state
+        return model.score(hidden.flatten(0, 1).index_select(0, last_B))  # type: ignore[no-any-return]
+
+    def inputs(self, texts: EncodedTexts) -> dict[str, Any]:
+        """Keyword arguments of `forward`; in half precision as wide as `inputs.width_step` asks, within the context.
+
+        A model that names a pad reads its score at the rightmost token that is another: packed, the place is found here.
+        """
         step, length = width_step(self), texts.tokens_BL.shape[1]
+        if self.packing:
+            tokens, slots_BL = packed_rows(texts.tokens_BL, texts.mask_BL, step, one_row=wants_one_row(self.model))
+            named = self._own_pad()
+            read_BL = texts.mask_BL if named is None else texts.mask_BL & (texts.tokens_BL != named)
+            return {"tokens": tokens, "last_B": torch.where(read_BL, slots_BL, slots_BL[:, :1]).amax(1)}
         wide = max(length, min(-(-length // step) * step, self.context_tokens or length))
         tokens_BL, mask_BL = (torch.nn.functional.pad(each, (0, wide - length)) for each in (texts.tokens_BL, texts.mask_BL))
-        return {"input_ids": tokens_BL, "attention_mask": mask_BL}
+        return {"tokens": {"input_ids": tokens_BL, "attention_mask": mask_BL}}
 
     def blank(self) -> EncodedTexts:
         """One token that counts for nothing: what a rank forwards when it has no rows left."""
@@ -162,6 +189,19 @@ class ClassifierModule(nn.Module):
             logit_B = logit_B - logits_BC[:, others].logsumexp(1)
         return logit_B if self.transform == "log_odds" else logit_B.sigmoid()
 
+    def _try_packing(self) -> None:
+        """See `refuse_leaks`: its own forward, with its own pooling, must give the scores that packed rows give."""
+        if not isinstance(getattr(self._base, "score", None), nn.Module):
+            raise refusal(self.model, "its scores do not come of a layer named `score` on the last token")
+        named = self._own_pad()
+        texts = EncodedTexts.from_rows([[1, 2, 1, 1, 2, 2, 1], [3, 4, 3, 4], [5, 6, 6 if named is None else named]])
+        with lively_head(self._base.score, int(self.model.config.num_labels)):
+            refuse_leaks(self, lambda: ClassifierModule.inputs(self, texts), "score_B", HEAD_ROUNDING)
+
+    @property
+    def _base(self) -> Any:
+        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+
     def _own_pad(self) -> int | None:
         """The pad id that the model names, if it is a token at all (old checkpoints say −1)."""
         pad = self.model.config.get_text_config().pad_token_id
@@ -172,15 +212,17 @@ def load_classifier(section: EngineSection, path: str, label: int | None = None,
     """Loads a reward model, dropout off, in eval mode; in 4 bits where the section says so.
 
     Args:
-        section: precision, quantisation and attention kernel.
+        section: precision, quantisation, attention kernel, packing.
         path: Hugging Face folder (safetensors) or that of an adapter, or a hub name in the local cache.
         label, transform: see `ClassifierModule`.
 
     Raises:
         UserError: no such model; an architecture without a classifier; weights that the folder does not hold (a language model has
-            no trained classification head: a random one would be a random reward); several outputs without label and transform.
+            no trained classification head: a random one would be a random reward); several outputs without label and transform; see
+            `ClassifierModule`.
     """
-    return ClassifierModule(load_pretrained(AutoModelForSequenceClassification, section, path), label, transform)
+    model = load_pretrained(AutoModelForSequenceClassification, section, path)
+    return ClassifierModule(model, label, transform, packing=section.packing)
 
 
 class _PadId:

@@ -11,6 +11,8 @@ Example, prompts of 1 and 3 tokens, responses of 2 and 1::
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -55,6 +57,36 @@ def model_inputs(batch: SequenceBatch, step: int = 1) -> tuple[dict[str, Tensor]
     }
     columns_BS = order_BS.argsort(dim=1) - (order_BS.shape[1] - length)
     return inputs, columns_BS[:, columns_BS.shape[1] - batch.response_tokens_BT.shape[1] :].clamp(min=0)
+
+
+def to_device(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Keyword arguments of a module's forward, tensors and dicts of them, on a device."""
+    return {name: to_device(value, device) if isinstance(value, dict) else value.to(device) for name, value in inputs.items()}
+
+
+def response_slots(batch: SequenceBatch, inputs: dict[str, Tensor], places_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """The slots of the response tokens alone: what a head must look at.
+
+    Args:
+        batch: as given to `model_inputs`. inputs, places_BT: what that returned.
+
+    Returns:
+        slots_N int64: of every response token its slot in the flattened rows, in the order of the batch.
+        numbers_BT int64: of each response token its number in slots_N; N for padded slots.
+
+    Raises:
+        ValueError: a response without a prompt token before it: nothing of its own would predict its first token.
+    """
+    responds_BT, positions_BL = batch.response_attention_BT.bool(), inputs["position_ids"]
+    if bool((positions_BL.gather(1, places_BT)[responds_BT] == 0).any()):
+        raise ValueError("a response without a prompt token before it has nothing to be predicted from")
+    rows_B1 = torch.arange(len(places_BT)).unsqueeze(1) * positions_BL.shape[1]
+    return (rows_B1 + places_BT)[responds_BT], numbered(responds_BT)
+
+
+def numbered(responds_BT: Tensor) -> Tensor:
+    """Of each True its number in the order of the batch, int64; the number of all of them elsewhere."""
+    return torch.where(responds_BT, responds_BT.flatten().cumsum(0).view_as(responds_BT) - 1, int(responds_BT.sum()))
 
 
 def blank_batch() -> SequenceBatch:

@@ -12,7 +12,7 @@ Example, sequences of 4, 3 and 1 tokens, of which the last two share a row::
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,44 +22,83 @@ from torch import Tensor, nn
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.contracts.experience import SequenceBatch
 from rlhf_dist.models.head import gather_on_gpu
-from rlhf_dist.models.inputs import model_inputs, width_step
+from rlhf_dist.models.inputs import numbered, to_device
 
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """How far apart, as a share of the largest, log-probs of one sequence may lie in two grids; wrong positions move them by more."""
+HEAD_ROUNDING = {torch.float32: 5e-3, torch.bfloat16: 0.25, torch.float16: 5e-2}
+"""The same of a few projections of hidden states, the largest of which may be small; wrong positions or places move them altogether."""
+NAMES = {"logprobs_BT": "log-probs", "values_BT": "values", "score_B": "scores"}
 
 
-def packed_inputs(batch: SequenceBatch, step: int = 1, *, one_row: bool = False) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Inputs of a forward whose rows hold several sequences: longest first, each in the first row that has room for it.
+def packed_rows(tokens_BS: Tensor, mask_BS: Tensor, step: int = 1, *, one_row: bool = False) -> tuple[dict[str, Tensor], Tensor]:
+    """Rows that hold several sequences: longest first, each in the first row that has room for it.
 
     Args:
-        batch: padded anyhow; what stands in padded slots never gets in.
+        tokens_BS: int64, one sequence a row. mask_BS: bool, the tokens that exist; what stands in other slots never gets in.
         step: the width, that of the longest sequence, is rounded up to a multiple of this.
         one_row: put all sequences in one row, as flash attention wants them.
 
     Returns:
         input_ids and position_ids, int64 [R, W]. A slot left over is id 0 at position 0: a sequence of its own.
+        slots_BS int64: of every token its slot in the flattened grid; -1 where there is none.
+    """
+    lengths = mask_BS.sum(1).tolist()
+    width = -(-(sum(lengths) if one_row else max(lengths)) // step) * step
+    starts, rows = first_fit(lengths, width)
+    positions_BS = mask_BS.long().cumsum(1) - 1
+    slots_BS = torch.where(mask_BS, torch.tensor(starts)[:, None] + positions_BS, -1)
+    grids = torch.zeros(2, rows * width, dtype=torch.long)
+    grids[:, slots_BS[mask_BS]] = torch.stack([tokens_BS[mask_BS], positions_BS[mask_BS]])
+    ids_RW, positions_RW = grids.view(2, rows, width)
+    return {"input_ids": ids_RW, "position_ids": positions_RW}, slots_BS
+
+
+def packed_inputs(batch: SequenceBatch, step: int = 1, *, one_row: bool = False) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Packed rows of a batch, and where its response tokens stand.
+
+    Args:
+        batch: padded anyhow. step, one_row: see `packed_rows`.
+
+    Returns:
+        input_ids and position_ids, int64 [R, W].
         slots_N int64: of every response token its slot in the flattened grid, in the order of the batch.
         places_BT int64: of each response token its number in slots_N; N for padded slots.
 
     Raises:
         ValueError: a response without a prompt token before it: nothing of its own would predict its first token.
     """
-    attention_BS = torch.cat([batch.prompt_mask_BP, batch.response_attention_BT], dim=1).bool()
-    tokens_BS = torch.cat([batch.prompt_tokens_BP, batch.response_tokens_BT], dim=1)
-    lengths = attention_BS.sum(1).tolist()
-    width = -(-(sum(lengths) if one_row else max(lengths)) // step) * step
-    starts, rows = first_fit(lengths, width)
-    positions_BS = attention_BS.long().cumsum(1) - 1
-    slots_BS = torch.tensor(starts)[:, None] + positions_BS
-    grids = torch.zeros(2, rows * width, dtype=torch.long)
-    grids[:, slots_BS[attention_BS]] = torch.stack([tokens_BS[attention_BS], positions_BS[attention_BS]])
-    responds_BT, first = batch.response_attention_BT.bool(), batch.prompt_tokens_BP.shape[1]
-    slots_N = slots_BS[:, first:][responds_BT]
-    if bool((positions_BS[:, first:][responds_BT] == 0).any()):
+    tokens, slots_BS = packed_rows(*_joined(batch), step, one_row=one_row)
+    responds_BT = batch.response_attention_BT.bool()
+    slots_N = slots_BS[:, batch.prompt_tokens_BP.shape[1] :][responds_BT]
+    places_BT = numbered(responds_BT)
+    return tokens, slots_N, places_BT
+
+
+def packed_states(batch: SequenceBatch, step: int = 1, *, one_row: bool = False) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Packed rows of a batch, and where the states stand in which a value is read.
+
+    Args:
+        batch: padded anyhow. step, one_row: see `packed_rows`.
+
+    Returns:
+        input_ids and position_ids, int64 [R, W].
+        before_BT int64: of each response token the slot before it in the flattened grid; some slot for padded ones.
+        last_B int64: the slot of each sequence's last token.
+
+    Raises:
+        ValueError: a response without a prompt token before it: the state before its first token would be another sequence's.
+    """
+    tokens, slots_BS = packed_rows(*_joined(batch), step, one_row=one_row)
+    return tokens, (slots_BS[:, batch.prompt_tokens_BP.shape[1] :] - 1).clamp(min=0), slots_BS.amax(1)
+
+
+def _joined(batch: SequenceBatch) -> tuple[Tensor, Tensor]:
+    """Prompts and responses side by side: tokens and mask, [B, P + T]."""
+    if bool((batch.response_attention_BT.bool().any(1) & ~batch.prompt_mask_BP.bool().any(1)).any()):
         raise ValueError("a response without a prompt token before it cannot be packed")
-    places_BT = torch.where(responds_BT, responds_BT.flatten().cumsum(0).view_as(responds_BT) - 1, len(slots_N))
-    ids_RW, positions_RW = grids.view(2, rows, width)
-    return {"input_ids": ids_RW, "position_ids": positions_RW}, slots_N, places_BT
+    mask_BS = torch.cat([batch.prompt_mask_BP, batch.response_attention_BT], dim=1).bool()
+    return torch.cat([batch.prompt_tokens_BP, batch.response_tokens_BT], dim=1), mask_BS
 
 
 def first_fit(lengths: Sequence[int], width: int) -> tuple[list[int], int]:
@@ -101,40 +140,64 @@ def head_at(model: Any, slots_N: Tensor) -> Iterator[None]:
         handle.remove()
 
 
-def refuse_leaks(module: Any) -> None:
-    """Tries packing on three short sequences, two of which share a row.
-
-    No gradient may flow from a sequence to its neighbour, which is exactly 0 where nothing is seen (its bits may change all the same:
-    experts of a mixture compute in groups of another size), and the log-probs must be those of the padded batch.
+@contextmanager
+def lively_head(head: nn.Module, outputs: int = 1) -> Iterator[None]:
+    """Within it a head answers with fixed projections of its input: a value head that starts at zero would tell of no leak.
 
     Args:
-        module: a `PolicyModule` that packs, not yet wrapped by DeepSpeed.
+        head: a layer on hidden states [..., D]. outputs: how many numbers it gives, [..., outputs].
+    """
+
+    def project(_: nn.Module, given: tuple[Tensor, ...], __: Tensor) -> Tensor:
+        hidden = given[0]
+        waves = torch.arange(hidden.shape[-1] * outputs, dtype=torch.float32, device=hidden.device).cos() * (2 / hidden.shape[-1]) ** 0.5
+        return hidden @ waves.view(-1, outputs).to(hidden.dtype)
+
+    handle = head.register_forward_hook(project)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def refuse_leaks(module: Any, inputs: Callable[[], dict[str, Any]], name: str, rounding: Mapping[torch.dtype, float] = ROUNDING) -> None:
+    """Tries packing on three short sequences, two of which share a row (`three_sequences`).
+
+    No gradient may flow from a sequence to its neighbour, which is exactly 0 where nothing is seen (its bits may change all the same:
+    experts of a mixture compute in groups of another size), and the numbers must be those of the padded batch.
+
+    Args:
+        module: a module that packs, not yet wrapped by DeepSpeed; it is made to pad once.
+        inputs: of its forward, packed or not as `module.packing` says.
+        name: of the output to look at, with one row a sequence.
+        rounding: how far apart its numbers may lie, as a share of the largest.
 
     Raises:
-        UserError: sequences in one row see each other in this architecture, or the log-probs differ.
+        UserError: sequences in one row see each other in this architecture, or the numbers differ.
     """
-    model, batch = module.model, _three_sequences()
+    model = module.model
     gather_on_gpu(model)
     if wants_one_row(model):
         model.to("cuda")  # its kernels run nowhere else
-    device, step = next(model.parameters()).device, width_step(model)
-    tokens, places_BT = model_inputs(batch, step)
+    device = next(model.parameters()).device
+    module.packing = False
     with torch.no_grad():
-        apart_BT = module(**_on(device, {"tokens": tokens, "places_BT": places_BT}))["logprobs_BT"]
-    inputs = _on(device, module.inputs(batch))
+        apart = module(**to_device(inputs(), device))[name]
+    module.packing = True
+    packed = to_device(inputs(), device)
     with _watched_embeddings(model) as watched:
-        together_BT = module(**inputs)["logprobs_BT"]
-    (gradient_RWD,) = torch.autograd.grad(together_BT[2].sum(), watched)
-    neighbour_RW = (inputs["tokens"]["input_ids"] == 3) | (inputs["tokens"]["input_ids"] == 4)
-    valid_BT = batch.response_attention_BT.to(device)
-    gap, scale = (float(values[valid_BT].abs().max()) for values in ((together_BT - apart_BT).detach(), apart_BT))
-    if bool(gradient_RWD[neighbour_RW].any()):
-        raise _refusal(model, "sequences in one row see each other in this architecture")
-    if not gap <= ROUNDING[next(model.parameters()).dtype] * scale:
-        raise _refusal(model, f"its log-probs are {gap:.2g} off in packed rows")
+        together = module(**packed)[name]
+    valid = three_sequences().response_attention_BT.to(device) if name.endswith("_BT") else torch.ones_like(apart, dtype=torch.bool)
+    (gradient_RWD,) = torch.autograd.grad(together[2][valid[2]].sum(), watched)
+    ids_RW = packed["tokens"]["input_ids"]
+    gap, scale = (float(values[valid].abs().max()) for values in ((together - apart).detach(), apart))
+    if bool(gradient_RWD[(ids_RW == 3) | (ids_RW == 4)].any()):
+        raise refusal(model, "sequences in one row see each other in this architecture")
+    if not gap <= rounding[next(model.parameters()).dtype] * scale:
+        raise refusal(model, f"its {NAMES[name]} are {gap:.2g} off in packed rows")
 
 
-def _three_sequences() -> SequenceBatch:
+def three_sequences() -> SequenceBatch:
     """Of 7, 4 and 3 tokens; the first speaks in ids 1 and 2, the second in 3 and 4, the third in 5 and 6. The last two share a row."""
     prompt_BP = torch.tensor([[1, 2], [3, 4], [5, 6]])
     response_BT = torch.tensor([[1, 1, 2, 2, 1], [3, 4, 0, 0, 0], [6, 0, 0, 0, 0]])
@@ -157,10 +220,7 @@ def _watched_embeddings(model: Any) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def _on(device: torch.device, value: Any) -> Any:
-    return {key: _on(device, inner) for key, inner in value.items()} if isinstance(value, dict) else value.to(device)
-
-
-def _refusal(model: Any, reason: str) -> UserError:
+def refusal(model: Any, reason: str) -> UserError:
+    """That a model cannot be packed, and why."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return UserError(f"{type(base).__name__} cannot be packed: {reason}", where=str(base.config.name_or_path), fix="set packing: false")

@@ -5,14 +5,13 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rlhf_dist.contracts.experience import SequenceBatch
 from rlhf_dist.models.head import is_plain, logprobs_in_head
-from rlhf_dist.models.inputs import blank_batch, model_inputs, width_step
+from rlhf_dist.models.inputs import blank_batch, model_inputs, response_slots, width_step
 from rlhf_dist.models.logprobs import HeadOptions, logprobs_and_entropy
-from rlhf_dist.models.packing import head_at, packed_inputs, refuse_leaks, wants_one_row
+from rlhf_dist.models.packing import head_at, packed_inputs, refuse_leaks, three_sequences, wants_one_row
 
 
 class PolicyModule(nn.Module):
@@ -34,7 +33,7 @@ class PolicyModule(nn.Module):
         self.packing = packing
         self._plain_head = is_plain(model)
         if packing:
-            refuse_leaks(self)
+            refuse_leaks(self, lambda: self.inputs(three_sequences()), "logprobs_BT")
 
     def forward(
         self, tokens: dict[str, Tensor], places_BT: Tensor, slots_N: Tensor | None = None, adapter: bool = True
@@ -43,33 +42,27 @@ class PolicyModule(nn.Module):
 
         Args:
             tokens: input_ids, attention_mask, position_ids [B, L] of `model_inputs`, or those of `packed_inputs`.
-            places_BT: columns of the response tokens; of packed ones their numbers in slots_N.
-            slots_N: slots of the response tokens of packed rows, None for padded ones.
+            places_BT: of each response token its number in slots_N, or its column where slots_N is None.
+            slots_N: slots of the response tokens in the flattened rows; None where the head gives other numbers than the logits, so
+                that it must be asked through the model.
             adapter: False for the model without its LoRA adapter.
 
         Returns:
             logprobs_BT, entropy_BT: float32, nats. Padded slots hold numbers of other slots, which mean nothing.
         """
         with self._adapter(adapter):
-            values = self._padded(tokens, places_BT) if slots_N is None else self._packed(tokens, places_BT, slots_N)
+            values = self._columns(tokens, places_BT) if slots_N is None else self._slots(tokens, places_BT, slots_N)
         return dict(zip(("logprobs_BT", "entropy_BT"), values, strict=True))
 
-    def _padded(self, tokens: dict[str, Tensor], places_BT: Tensor) -> tuple[Tensor, ...]:
+    def _columns(self, tokens: dict[str, Tensor], places_BT: Tensor) -> tuple[Tensor, ...]:
         """The head runs on the columns before those in which some row has a response token: the logits of a column predict the next."""
         length = tokens["input_ids"].shape[1]
         first = max(length - places_BT.shape[1], 1)  # the first column that is predicted
-        at_BT = (places_BT - first).clamp(min=0)
-        targets_BC = tokens["input_ids"][:, first:]
-        if self._too_large(targets_BC.numel()):
-            rows_B1 = torch.arange(len(targets_BC), device=targets_BC.device).unsqueeze(1) * length
-            slots_BC = rows_B1 + torch.arange(first - 1, length - 1, device=targets_BC.device)
-            per_token = self._streamed(tokens, slots_BC.flatten(), targets_BC.flatten())
-            return tuple(values.view_as(targets_BC).gather(1, at_BT) for values in per_token)
         output = self.model(**tokens, use_cache=False, logits_to_keep=length - first + 1)
-        per_column = logprobs_and_entropy(output.logits[:, first - length - 1 : -1], targets_BC, self.options)
-        return tuple(column.gather(1, at_BT) for column in per_column)
+        per_column = logprobs_and_entropy(output.logits[:, first - length - 1 : -1], tokens["input_ids"][:, first:], self.options)
+        return tuple(column.gather(1, (places_BT - first).clamp(min=0)) for column in per_column)
 
-    def _packed(self, tokens: dict[str, Tensor], places_BT: Tensor, slots_N: Tensor) -> tuple[Tensor, ...]:
+    def _slots(self, tokens: dict[str, Tensor], places_BT: Tensor, slots_N: Tensor) -> tuple[Tensor, ...]:
         """The head runs on the slots before the response tokens, and on no others."""
         targets_N = tokens["input_ids"].flatten()[slots_N]
         if self._too_large(len(slots_N)):
@@ -95,7 +88,10 @@ class PolicyModule(nn.Module):
             packed, slots_N, numbers_BT = packed_inputs(batch, width_step(self), one_row=wants_one_row(self.model))
             return {"tokens": packed, "places_BT": numbers_BT, "slots_N": slots_N}
         tokens, places_BT = model_inputs(batch, width_step(self))
-        return {"tokens": tokens, "places_BT": places_BT}
+        if not self._plain_head:
+            return {"tokens": tokens, "places_BT": places_BT}
+        slots_N, numbers_BT = response_slots(batch, tokens, places_BT)
+        return {"tokens": tokens, "places_BT": numbers_BT, "slots_N": slots_N}
 
     def blank(self) -> SequenceBatch:
         """A batch that counts for nothing."""

@@ -24,6 +24,7 @@ from rlhf_dist.data.layouts import Prompt
 from rlhf_dist.data.microbatches import token_budget_cuts
 from rlhf_dist.data.token_rows import TokenRow
 from rlhf_dist.models.classifier import ClassifierModule, EncodedTexts, load_classifier
+from rlhf_dist.models.inputs import to_device
 from rlhf_dist.models.loading import load_tokenizer, stop_tokens
 
 
@@ -59,7 +60,7 @@ class RewardModel:
         module: on its device, in eval mode.
         encoder: of the model's tokenizer.
         limits: of a text.
-        microbatch_tokens: padded tokens of one forward; a longer text travels alone.
+        microbatch_tokens: tokens of one forward, padding included unless the module packs; a longer text travels alone.
     """
 
     def __init__(self, module: ClassifierModule, encoder: AnswersEncoder, limits: Limits, microbatch_tokens: int = 8192) -> None:
@@ -93,11 +94,15 @@ class RewardModel:
 
         Raises:
             UserError: no such model or tokenizer, no trained classification head, several outputs without label and transform, a limit
-                above the model's context, a device that is not there.
+                above the model's context, a device that is not there, packing where the model cannot be packed.
         """
         section, device = config.model, _device(config.model.device)
         engine = EngineSection(
-            dtype=section.dtype, quantize=section.quantize, attention=section.attention, trust_remote_code=section.trust_remote_code
+            dtype=section.dtype,
+            quantize=section.quantize,
+            attention=section.attention,
+            packing=section.packing,
+            trust_remote_code=section.trust_remote_code,
         )
         tokenizer = load_tokenizer(folder, trust_remote_code=section.trust_remote_code)
         encoder = AnswersEncoder(tokenizer, stop_tokens(folder, tokenizer, trust_remote_code=section.trust_remote_code))
@@ -156,9 +161,9 @@ class RewardModel:
         """
         scores = [math.nan] * len(rows)
         device = next(self._module.parameters()).device
-        for cut in token_budget_cuts([len(row) for row in rows], self._budget):
+        for cut in token_budget_cuts([len(row) for row in rows], self._budget, packed=self._module.packing):
             inputs = self._module.inputs(EncodedTexts.from_rows([rows[number].tokens.tolist() for number in cut]))
-            output = self._module(**{name: tensor.to(device) for name, tensor in inputs.items()})
+            output = self._module(**to_device(inputs, device))
             for number, score in zip(cut, output["score_B"].tolist(), strict=True):
                 scores[number] = score
         faulty = [score for score in scores if not math.isfinite(score)]

@@ -12,18 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_dist.rollout.attention import SLOT_ATTENTION
 from rlhf_dist.rollout.kv_cache import DecodePlan, PrefillPlan, SlotCache
+from rlhf_dist.rollout.prefill import SPAN_STEP, Piece, pieces, round_up
 from rlhf_dist.rollout.traits import FULL, SLIDING, ModelTraits
 
-PREFILL_TOKENS = 8192
-"""Padded tokens in one prefill forward: bounds the memory of its activations."""
-SPAN_STEP = 16
-"""Attention spans are rounded up to a multiple of this. A row's result is then the same to the last bit whatever the other rows' lengths
-are (masked positions fill whole vector registers with zeros), and GPU kernels get the aligned masks they want."""
-ROW_STEP = 8
+ROW_STEP = 4
 """A step computes a multiple of this many rows, idle ones if need be. On one CPU thread a row's result is then the same to the last bit
-whatever the number of rows (several threads may still split a product differently): very few rows would take other matrix kernels, and an
+whatever the number of rows (several threads may still split a product differently): a single row would take other matrix kernels, and an
 odd number of elements ends in scalar code that rounds differently."""
+SMALL_PRODUCT = 512
+"""Positions times head width of the smallest span: below 400 multiplications PyTorch computes batched products by another kernel."""
 
 
 class SlotDecoder:
@@ -39,10 +38,13 @@ class SlotDecoder:
     def __init__(self, model: nn.Module, traits: ModelTraits, slots: int, max_len: int) -> None:
         self._model, self._traits = model, traits
         self.device = next(model.parameters()).device
-        slots = _round_up(slots, ROW_STEP)
-        self._longest, self._max_len = max_len, _round_up(max_len, SPAN_STEP)
-        self._cache = SlotCache(slots, self._max_len)
-        self._additive = _adds_its_mask(model)
+        slots = round_up(slots, ROW_STEP)
+        self._smallest_span = round_up(-(-SMALL_PRODUCT // _head_width(model)), SPAN_STEP)
+        self._longest, self._max_len = max_len, max(round_up(max_len, SPAN_STEP), self._smallest_span)
+        self._kernel, self._dtype = _kernel(model), next(model.parameters()).dtype
+        # One slot more than rows: it holds the prefix that `admit` was asked to keep.
+        self._cache, self._spare = SlotCache(slots + 1, self._max_len, self._kernel == SLOT_ATTENTION), slots
+        self._kept: tuple[int, ...] = ()
         self._lengths: list[int] = []
         # One column a slot: the token to feed, the positions stored, and a running index that the caller gives a meaning.
         self._state_3S = torch.zeros(3, slots, dtype=torch.long, device=self.device)
@@ -59,27 +61,40 @@ class SlotDecoder:
         """Each row's running index, int64 [count]: as given to `admit`, plus one for every token fed since."""
         return self._state_3S[2, : self.count]
 
-    def admit(self, prompts: Sequence[tuple[int, ...]], indices: Sequence[int]) -> None:
-        """Takes prompts (each at least one token) into the next slots, in order. Best when neighbours have similar lengths."""
+    def admit(self, prompts: Sequence[tuple[int, ...]], indices: Sequence[int], *, keep_last: bool = False) -> None:
+        """Takes prompts (each at least one token) into the next slots, in order. Equal prompts are computed once.
+
+        `keep_last`: the next call begins with the prompt that this one ends with, and need not compute it again.
+        """
         first = self.count
         columns = [[prompt[-1], len(prompt) - 1, index] for prompt, index in zip(prompts, indices, strict=True)]
         self._state_3S[:, first : first + len(prompts)] = torch.tensor(columns, device=self.device).T
-        start = 0
-        while start < len(prompts):
-            end, width = start + 1, len(prompts[start])
-            while end < len(prompts) and max(width, len(prompts[end])) * (end + 1 - start) <= PREFILL_TOKENS:
-                width, end = max(width, len(prompts[end])), end + 1
-            self._prefill(first + start, prompts[start:end])
-            start = end
+        held = {self._kept: self._spare} if self._kept else {}
+        fresh, copies = [], []
+        for slot, prompt in enumerate(prompts, first):
+            prefix = prompt[:-1]
+            if prefix in held:
+                copies.append((held[prefix], slot, len(prefix)))
+            elif prefix:
+                held[prefix] = slot
+                fresh.append((slot, prefix))
+        for piece in pieces([len(prefix) for _, prefix in fresh], exact=self.device.type == "cpu"):
+            self._prefill([fresh[row] for row in piece.rows], piece)
+        if copies:
+            sources, targets, lengths = zip(*copies, strict=True)
+            self._cache.copy(self._tensor(sources), self._tensor(targets), max(lengths))
         self._lengths += [len(prompt) - 1 for prompt in prompts]
+        if keep_last and prompts[-1][:-1] != self._kept:
+            self._kept = prompts[-1][:-1]
+            self._cache.copy(self.count - 1, self._spare, len(self._kept))
 
     def step(self) -> Tensor:
         """Feeds every row's token; returns the logits of the next one, [count, V] in the model's dtype."""
-        rows = _round_up(self.count, ROW_STEP)
+        rows = round_up(self.count, ROW_STEP)
         tokens_N, lengths_N = self._state_3S[0, :rows], self._state_3S[1, :rows]
-        span = _round_up(max(self._lengths) + 1, SPAN_STEP)
-        self._cache.plan = DecodePlan(rows, span, self._slots_S[:rows], lengths_N)
-        output = self._forward(tokens_N[:, None], lengths_N[:, None], self._masks(lengths_N, span))
+        span = max(round_up(max(self._lengths) + 1, SPAN_STEP), self._smallest_span)
+        self._cache.plan = DecodePlan(rows, span, self._slots_S[: self.count], lengths_N[: self.count])
+        output = self._forward(tokens_N[:, None], lengths_N[:, None], self._masks(lengths_N, span, decode=True))
         return output[: self.count, -1]
 
     def feed(self, tokens_N: Tensor) -> None:
@@ -93,25 +108,23 @@ class SlotDecoder:
         """Frees a row; the last row moves into its slot, so callers keep their lists by `rows[row] = rows[-1]; rows.pop()`."""
         last = self.count - 1
         if row != last:
-            self._cache.move(last, row, self._lengths[last])
+            self._cache.copy(last, row, self._lengths[last])
             self._state_3S[:, row] = self._state_3S[:, last]
             self._lengths[row] = self._lengths[last]
         self._state_3S[:, last] = 0
         self._lengths.pop()
 
-    def _prefill(self, first: int, prompts: Sequence[tuple[int, ...]]) -> None:
-        """Right-padded: under a causal mask no real token sees the pads behind it. Equal prompts are computed once."""
-        unique = {prompt[:-1]: None for prompt in prompts}
-        if not any(unique):
-            return
-        width = _round_up(max(map(len, unique)), SPAN_STEP)
-        order = {prompt: row for row, prompt in enumerate(unique)}
-        padded = torch.tensor([prompt + (0,) * (width - len(prompt)) for prompt in unique], device=self.device)
-        sources = torch.tensor([order[prompt[:-1]] for prompt in prompts], device=self.device)
-        self._cache.plan = PrefillPlan(first, sources)
+    def _prefill(self, rows: Sequence[tuple[int, tuple[int, ...]]], piece: Piece) -> None:
+        """One piece of the prefixes of some slots. Right-padded: under a causal mask no real token sees the pads behind it."""
+        end = piece.start + piece.width
+        parts = [prefix[piece.start : end] for _, prefix in rows]
+        padded_BQ = self._tensor([part + (0,) * (piece.width - len(part)) for part in parts])
+        self._cache.plan = PrefillPlan(self._tensor([slot for slot, _ in rows]), piece.start)
         # Padding may reach past the end of a table of positions.
-        positions_L = self._positions_L[:width].clamp(max=self._longest - 1)
-        self._forward(padded, positions_L.expand(len(unique), -1), None)
+        positions_Q = self._positions_L[piece.start : end].clamp(max=self._longest - 1)
+        # The first piece sees only itself, which needs no mask of ours.
+        mask = self._masks(self._positions_L[piece.start : end], end, decode=False) if piece.start else None
+        self._forward(padded_BQ, positions_Q.expand(len(rows), -1), mask)
 
     def _forward(self, tokens_BQ: Tensor, positions_BQ: Tensor, mask: Any) -> Tensor:
         output: Any = self._model(
@@ -125,29 +138,37 @@ class SlotDecoder:
         logits: Tensor = output.logits
         return logits
 
-    def _masks(self, lengths_N: Tensor, span: int) -> Any:
-        """[n, 1, 1, span], True (or 0 where masks are added) at positions a row's token may see; a dict by kind where layers differ."""
-        positions_L, lengths_N1 = self._positions_L[:span], lengths_N[:, None]
-        seen_NL = positions_L <= lengths_N1
-        window = self._traits.window
+    def _masks(self, queries_Q: Tensor, span: int, decode: bool) -> Any:
+        """Which of `span` positions the queries at given positions may see; a dict by kind where layers differ.
+
+        Decode: [n, 1, 1, span], one query a row. Otherwise [1, 1, q, span], the queries of one piece of every row.
+        """
+        positions_L, queries_Q1 = self._positions_L[:span], queries_Q[:, None]
+        seen_QL, window = positions_L <= queries_Q1, self._traits.window
         if window is None or span <= window:
-            return self._as_mask(seen_NL)
-        sliding = self._as_mask(seen_NL & (positions_L > lengths_N1 - window))
-        return {FULL: self._as_mask(seen_NL), SLIDING: sliding} if FULL in self._traits.kinds else sliding
+            return self._as_mask(seen_QL, decode)
+        sliding = self._as_mask(seen_QL & (positions_L > queries_Q1 - window), decode)
+        return {FULL: self._as_mask(seen_QL, decode), SLIDING: sliding} if FULL in self._traits.kinds else sliding
 
-    def _as_mask(self, seen_NL: Tensor) -> Tensor:
-        mask = seen_NL[:, None, None, :]
-        if not self._additive:
+    def _as_mask(self, seen_QL: Tensor, decode: bool) -> Tensor:
+        """sdpa takes True for "may attend"; the eager kernel adds its mask to the scores, and so does ours in a decode step."""
+        mask = seen_QL[:, None, None, :] if decode else seen_QL[None, None]
+        ours = decode and self._kernel == SLOT_ATTENTION
+        if not ours and self._kernel != "eager":
             return mask
-        dtype = next(self._model.parameters()).dtype
-        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+        dtype = torch.float32 if ours else self._dtype
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+
+    def _tensor(self, numbers: Sequence[Any]) -> Tensor:
+        return torch.tensor(numbers, device=self.device)
 
 
-def _round_up(number: int, step: int) -> int:
-    return -(-number // step) * step
-
-
-def _adds_its_mask(model: nn.Module) -> bool:
-    """The eager kernel adds its mask to the logits; sdpa takes True for "may attend"."""
+def _kernel(model: nn.Module) -> str:
     config: Any = model.config
-    return bool(config.get_text_config()._attn_implementation == "eager")
+    return str(config.get_text_config()._attn_implementation)
+
+
+def _head_width(model: nn.Module) -> int:
+    config: Any = model.config
+    text = config.get_text_config()
+    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)

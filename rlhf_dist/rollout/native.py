@@ -143,9 +143,9 @@ class _Run:
             self._width,
             decoder.device,
         ).flatten()
-        # Longest prompts first: neighbours share a prefill with little padding, and a run that does not fit in memory fails at its start.
-        # Popped from the end.
-        self._waiting = sorted(range(len(work.rows)), key=lambda i: len(work.rows[i].prompt_tokens))
+        # Longest prompts first: a run that does not fit in memory fails at its start. Samples of one prompt stand together, so that at
+        # most one group is cut by a refill. Popped from the end.
+        self._waiting = sorted(range(len(work.rows)), key=lambda i: (len(work.rows[i].prompt_tokens), work.rows[i].prompt_tokens))
         self._active: list[_Running] = []
         self._done: list[Completion | None] = [None] * len(work.rows)
         self._tally = Tally()
@@ -163,7 +163,9 @@ class _Run:
         if not waiting or (self._active and free < min(waiting, max(1, self._slots // REFILL_SHARE))):
             return
         taken = [self._waiting.pop() for _ in range(min(free, waiting))]
-        self._decoder.admit([self._rows[i].prompt_tokens for i in taken], [i * self._width for i in taken])
+        prompts = [self._rows[i].prompt_tokens for i in taken]
+        cut = bool(self._waiting) and self._rows[self._waiting[-1]].prompt_tokens == prompts[-1]
+        self._decoder.admit(prompts, [i * self._width for i in taken], keep_last=cut)
         self._active += [_Running(i, self._limits[i]) for i in taken]
 
     def _run(self) -> Draw:

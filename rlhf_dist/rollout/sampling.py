@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf_dist.config.errors import UserError
+from rlhf_dist.rollout.filters import PREFILTER, nucleus, ranked, wider_than
 
 BLOCK = 256
 """Probabilities are summed in blocks of this many: a scan over the block sums and one inside a block replace a scan over the vocabulary."""
@@ -70,13 +71,10 @@ def draw(logits_NV: Tensor, uniforms_N: Tensor, params: SamplingParams) -> Draw:
     if params.temperature != 1.0:
         scaled_NV = scaled_NV / params.temperature
     probs_NV = torch.softmax(scaled_NV, dim=-1)
-    kept_N = None
     if params.filtered:
-        candidates_NK, index_NK = _filtered(probs_NV, params)
-        kept_N = candidates_NK.sum(-1)
-        tokens_N = _gather(index_NK, choose(candidates_NK, uniforms_N))
+        tokens_N, kept_N = _choose_filtered(probs_NV, uniforms_N, params)
     else:
-        tokens_N = choose(probs_NV, uniforms_N)
+        tokens_N, kept_N = choose(probs_NV, uniforms_N), None
     chosen_N = _gather(probs_NV, tokens_N)
     # A single NaN or +inf makes the softmax of the whole row NaN, so the chosen entry tells about all of them.
     return Draw(torch.where(chosen_N > 0, tokens_N, -1), chosen_N.log(), kept_N)
@@ -117,17 +115,29 @@ def _block_sums(weights_NV: Tensor) -> Tensor:
     return sums_NK
 
 
-def _filtered(probs_NV: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    """Candidates by falling probability and their token ids; those that the filters remove get weight 0. Top-p looks at what top-k left."""
-    if 0 < params.top_k < probs_NV.shape[1]:
-        sorted_NK, index_NK = probs_NV.topk(params.top_k, dim=-1)
-    else:
-        sorted_NK, index_NK = probs_NV.sort(dim=-1, descending=True, stable=True)
+def _choose_filtered(probs_NV: Tensor, uniforms_N: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """Tokens and the kept mass, [N] each. Top-p looks at what top-k left."""
+    limit = min(params.top_k or probs_NV.shape[1], probs_NV.shape[1])
+    if params.top_k or params.top_p == 1 or limit <= PREFILTER:
+        candidates_NK, index_NK = ranked(probs_NV, limit)
+        return _choose_ranked(candidates_NK, index_NK, candidates_NK.sum(-1, keepdim=True), uniforms_N, params)
+    total_N1 = probs_NV.sum(-1, keepdim=True)
+    candidates_NK, index_NK = ranked(probs_NV, PREFILTER)
+    tokens_N, kept_N = _choose_ranked(candidates_NK, index_NK, total_N1, uniforms_N, params)
+    # Whether a row is ranked whole depends on that row alone, so a completion still does not depend on its batch.
+    wide_M = wider_than(candidates_NK, params.top_p, total_N1).nonzero()[:, 0]
+    if len(wide_M):
+        candidates_MV, index_MV = ranked(probs_NV[wide_M], limit)
+        tokens_N[wide_M], kept_N[wide_M] = _choose_ranked(candidates_MV, index_MV, total_N1[wide_M], uniforms_N[wide_M], params)
+    return tokens_N, kept_N
+
+
+def _choose_ranked(
+    sorted_NK: Tensor, index_NK: Tensor, total_N1: Tensor, uniforms_N: Tensor, params: SamplingParams
+) -> tuple[Tensor, Tensor]:
     if params.top_p < 1:
-        running_NK = sorted_NK.cumsum(-1)
-        before_NK = torch.cat([torch.zeros_like(running_NK[:, :1]), running_NK[:, :-1]], dim=1)
-        sorted_NK = sorted_NK.where(before_NK < params.top_p * running_NK[:, -1:], 0.0)
-    return sorted_NK, index_NK
+        sorted_NK = nucleus(sorted_NK, params.top_p, total_N1)
+    return _gather(index_NK, choose(sorted_NK, uniforms_N)), sorted_NK.sum(-1)
 
 
 def _gather(values_NK: Tensor, index_N: Tensor) -> Tensor:

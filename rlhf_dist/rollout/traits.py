@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from rlhf_dist.config.errors import UserError
+from rlhf_dist.rollout.attention import SLOT_ATTENTION
 
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 MASKED_KERNELS = ("eager", "sdpa")
@@ -92,12 +93,19 @@ def decoding(model: nn.Module) -> Iterator[None]:
             # Flash kernels take no mask. Of those that do, every model has the eager one, and it alone knows a soft cap.
             plain = inner._supports_sdpa and not getattr(config, "attn_logit_softcapping", None)
             config._attn_implementation = "sdpa" if plain else "eager"
+        if config._attn_implementation == "sdpa" and _takes_ours(inner):
+            config._attn_implementation = SLOT_ATTENTION
         with torch.no_grad():
             yield
     finally:
         config._attn_implementation = kernel
         for module in training:
             module.training = True
+
+
+def _takes_ours(inner: Any) -> bool:
+    """Whether the model looks its kernel up by name, on a device and in a precision that ours is for."""
+    return bool(inner._supports_attention_backend and inner.device.type == "cpu" and inner.dtype != torch.float64)
 
 
 def _kinds(text: Any) -> frozenset[str]:

@@ -16,6 +16,8 @@ from rlhf_dist.config.errors import UserError
 from rlhf_dist.runs.folder import RunFolder
 
 RESERVED = ("step", "time")
+EXACT = 2**53
+"""Up to here every integer is a float."""
 
 
 class MetricsWriter:
@@ -32,7 +34,8 @@ class MetricsWriter:
 
         Args:
             step: PPO steps done.
-            metrics: finite numbers by name; names use `/` as TensorBoard does.
+            metrics: finite numbers by name; names use `/` as TensorBoard does. An integer that a float would round (a checksum) stands in
+                the line digit by digit, and in TensorBoard not at all.
 
         Raises:
             UserError: a metric that is NaN, infinite or no number. Nothing has been written then.
@@ -42,7 +45,7 @@ class MetricsWriter:
         values = {name: _checked(name, value, step) for name, value in metrics.items()}
         line = json.dumps({"step": step, "time": now, **values}, allow_nan=False) + "\n"
         self._append(line.encode())
-        for name, value in values.items():
+        for name, value in ((name, value) for name, value in values.items() if isinstance(value, float)):
             self._tensorboard.add_scalar(name, value, global_step=step, walltime=now)
         self._tensorboard.flush()
 
@@ -87,9 +90,11 @@ def _parsed(line: str, where: str) -> dict[str, Any]:
     return record
 
 
-def _checked(name: str, value: Any, step: int) -> float:
+def _checked(name: str, value: Any, step: int) -> float | int:
     if name in RESERVED:
         raise ValueError(f"a metric may not be called {name!r}")
+    if isinstance(value, int) and abs(value) > EXACT:
+        return value
     try:
         number = float(value)
     except (TypeError, ValueError):

@@ -18,7 +18,8 @@ FORMAT = 1
 class RunState:
     """Mutable: the coordinator advances it. There is no generator state in it, because sampling and shuffles count from the seed (law 9).
 
-    step: PPO steps done, so also the index of the next. policy_version: of the weights the sampler has (law 8).
+    step: PPO steps done, so also the index of the next. policy_version: of the weights the sampler has, which is the number
+    of steps that trained them (law 8).
     prompt_cursor: training prompts consumed. kl_coef: β. baseline: running mean of `reinforce`.
     reward_mixer: running moments by reward name, as JSON-able values. best_score, best_step: best held-out evaluation so far.
     dropped: samples left out, by reason. optimizer_steps: policy optimizer steps done.

@@ -45,7 +45,8 @@ class Setting:
     def shares(self, lengths: Sequence[int], rows: Sequence[int] | None = None) -> list[Microbatches]:
         """Rows of a side, all of them by default, shared out over the ranks."""
         chosen = range(len(lengths)) if rows is None else rows
-        return assign(chosen, lengths, self.group.world_size, self.budget, packed=self.packed)
+        cost = float if self.facts.costs is None else self.facts.costs.in_tokens
+        return assign(chosen, lengths, self.group.world_size, self.budget, packed=self.packed, cost=cost)
 
 
 Phase = Callable[[Setting], dict[str, Any]]
@@ -86,7 +87,7 @@ class SupervisedLoop:
         self._config = config
         self._training: TrainingSection = values.training
         self._seed, self._budget, self._name = values.run.seed, values.model.microbatch_tokens, values.run.name
-        self._packed = bool(getattr(values.model, "packing", False))  # only causal LMs pack
+        self._packed: bool = values.model.packing
         self._best: tuple[float, int] | None = None
         self._evaluations: dict[int, dict[str, float]] = {}
         self._clock = Clock()

@@ -44,6 +44,8 @@ class DPOWorker(SupervisedWorker):
     def describe(self) -> RowFacts:
         """Lengths and weights of all rows; packed, a pair is as long as its tokens."""
         facts = super().describe()
+        assert facts.costs is not None
+        facts = dataclasses.replace(facts, costs=facts.costs.together(2))
         if not self._engine.module.packing:
             return facts
         lengths, eval_lengths = (tuple(row.tokens for row in rows) for rows in (self._rows.train, self._rows.evaluation))

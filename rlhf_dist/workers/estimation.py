@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from rlhf_dist.algos.advantages import broadcast_to_tokens, gae, grpo, reinforce, rloo
+from rlhf_dist.algos.importance import importance_weights
+from rlhf_dist.algos.kl import k3
+from rlhf_dist.algos.losses import log_ratio
 from rlhf_dist.algos.masking import masked
 from rlhf_dist.algos.token_rewards import sequence_returns, token_rewards
 from rlhf_dist.algos.whitening import masked_moments, whiten
@@ -31,14 +34,21 @@ class Scored:
 
 
 class Estimator:
-    """Advantages of a shard. Shards hold whole groups, so no estimator needs another shard; moments are merged by the coordinator."""
+    """Advantages of a shard. Shards hold whole groups, so no estimator needs another shard; moments are merged by the coordinator.
 
-    def __init__(self, config: AlgorithmSection, samples_per_prompt: int) -> None:
+    Args:
+        config: estimator and its settings.
+        samples_per_prompt: rows of a group.
+        importance_cap: of the weights that the policy loss uses, which are shown here; None where it uses none.
+    """
+
+    def __init__(self, config: AlgorithmSection, samples_per_prompt: int, importance_cap: float | None = None) -> None:
         self._kind = config.estimator
         self._gamma, self._lam = config.gamma, config.lam
         self._bootstraps = config.truncated == "bootstrap"
         self._group_size = samples_per_prompt
         self._recomputed = config.old_logprobs == "recompute"
+        self._importance_cap = importance_cap
 
     def __call__(
         self, request: EstimateRequest, shard: ExperienceBatch, pieces: Sequence[Piece]
@@ -48,6 +58,9 @@ class Estimator:
         scored = _scored(request, shard, pieces)
         advantages_BT, returns_BT, token_moments = self._advantages(scored, request)
         batch = scored.batch.replace(advantages_BT=advantages_BT, returns_BT=returns_BT, score_B=scored.score_B)
+        tally = experience_metrics(scored, request.kl_coef)
+        if self._recomputed:  # old log-probs that are the sampler's have no gap to it
+            tally.merge(behaviour_metrics(batch, self._importance_cap))
         info = ExperienceInfo(
             prompt_lengths=_ints(batch.prompt_lengths_B),
             response_lengths=_ints(batch.response_lengths_B),
@@ -55,7 +68,7 @@ class Estimator:
             kl=tuple(scored.kl_BT.double().sum(1).tolist()),
             advantages=masked_moments(advantages_BT, batch.response_mask_BT),
             token_rewards=token_moments,
-            tally=experience_metrics(scored, request.kl_coef, recomputed=self._recomputed),
+            tally=tally,
             seconds=time.perf_counter() - began,
         )
         return Stored(batch, info)
@@ -84,11 +97,8 @@ class Estimator:
         return reinforce(returns_B, baseline)
 
 
-def experience_metrics(scored: Scored, kl_coef: float, *, recomputed: bool = True) -> Tally:
-    """The `objective/*` and `val/*` metrics of a shard, as exact sums.
-
-    recomputed: whether the old log-probs are the trainer's own; where they are the sampler's, there is no gap to measure here.
-    """
+def experience_metrics(scored: Scored, kl_coef: float) -> Tally:
+    """The `objective/*` and `val/*` metrics of a shard, as exact sums."""
     batch, mask_BT = scored.batch, scored.batch.response_mask_BT
     assert batch.old_logprobs_BT is not None
     tally = Tally()
@@ -99,12 +109,27 @@ def experience_metrics(scored: Scored, kl_coef: float, *, recomputed: bool = Tru
     tally.add("objective/non_score_reward", float(penalty.sum()), rows)
     tally.add("objective/rlhf_reward", float((penalty + scored.score_B.double()).sum()), rows)
     tally.add("val/response_length", float(batch.response_lengths_B.sum()), rows)
-    if not recomputed:
-        return tally
+    return tally
+
+
+def behaviour_metrics(batch: ExperienceBatch, importance_cap: float | None) -> Tally:
+    """How far the policy that sampled is from the one that trains, a token, as exact sums: by precision, and by staleness.
+
+    `val/behaviour_kl`: KL(behaviour‖old) in nats (k3). Where weights are used, `val/importance_weight` and `val/importance_truncated`: the
+    mean weight, and the share of tokens whose weight the cap set.
+    """
+    assert batch.old_logprobs_BT is not None
+    old_BT, sampled_BT, mask_BT = batch.old_logprobs_BT.double(), batch.rollout_logprobs_BT.double(), batch.response_mask_BT
+    tally, tokens = Tally(), float(mask_BT.sum())
     gap_BT = rollout_gap(batch)
-    tally.add("val/rollout_logprob_gap", float(gap_BT.sum()), float(mask_BT.sum()))
+    tally.add("val/rollout_logprob_gap", float(gap_BT.sum()), tokens)
+    tally.add("val/behaviour_kl", float(masked(k3(log_ratio(sampled_BT, old_BT, mask_BT)), mask_BT).sum()), tokens)
     if bool(mask_BT.any()):
         tally.peak("val/rollout_logprob_gap_max", float(gap_BT.max()))
+    if importance_cap is not None:
+        importance = importance_weights(old_BT, sampled_BT, mask_BT, importance_cap)
+        tally.add("val/importance_weight", float(importance.weights_BT.sum()), tokens)
+        tally.add("val/importance_truncated", float(importance.truncated_BT.sum()), tokens)
     return tally
 
 

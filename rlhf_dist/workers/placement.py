@@ -9,20 +9,25 @@ from typing import Literal
 
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.config.ppo import PPOConfig
-from rlhf_dist.workers.roles import needed_roles, section_of
+from rlhf_dist.workers.roles import ROLLOUT, needed_roles, section_of
 
 EPSILON = 1e-9  # shares such as 0.1 are not exact
 
 
 @dataclass(frozen=True)
 class Demand:
-    """A group's wish: `ranks` bundles of CPUs and GPUs, packed or spread."""
+    """A group's wish: `ranks` bundles of CPUs and GPUs, packed or spread.
+
+    alone: its ranks form no process group. python: the interpreter they run in, empty for this one.
+    """
 
     role: str
     ranks: int
     cpus: float
     gpus: float
     strategy: str
+    alone: bool = False
+    python: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,10 @@ def demands(config: PPOConfig) -> list[Demand]:
     """What a run asks for, a group at a time."""
     strategy = config.placement.strategy
     sections = [(role, section_of(config, role)) for role in needed_roles(config)]
-    return [Demand(role, s.ranks, s.cpus_per_rank, s.gpus_per_rank, strategy) for role, s in sections]
+    wanted = [Demand(role, s.ranks, s.cpus_per_rank, s.gpus_per_rank, strategy) for role, s in sections]
+    r = config.rollout
+    sampling = [Demand(ROLLOUT, r.ranks, r.cpus_per_rank, r.gpus_per_rank, strategy, alone=True, python=r.python)] if r.ranks else []
+    return wanted + sampling
 
 
 def check_placement(wanted: Sequence[Demand], nodes: Sequence[Node]) -> None:

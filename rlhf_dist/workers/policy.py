@@ -2,49 +2,58 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from rlhf_dist.algos.objectives import PolicyObjective
-from rlhf_dist.config.errors import UserError
 from rlhf_dist.config.ppo import PPOConfig
 from rlhf_dist.contracts.experience import ExperienceBatch, Piece, merge_pieces
+from rlhf_dist.contracts.flops import FlopModel
 from rlhf_dist.contracts.group import Stored
 from rlhf_dist.contracts.moments import Moments
 from rlhf_dist.contracts.roles import (
     EstimateRequest,
     ExperienceInfo,
     GenerateRequest,
+    Needs,
     PieceInfo,
     RatioInfo,
+    RestInfo,
     RolloutInfo,
     UpdateInfo,
     UpdateRequest,
     WrittenInfo,
 )
 from rlhf_dist.contracts.tally import Tally
-from rlhf_dist.data.prompts import PromptRecord, PromptStream
+from rlhf_dist.contracts.weights import BucketInfo, Link, Place, SyncInfo
 from rlhf_dist.engines.deepspeed import Training
 from rlhf_dist.engines.process import Rank
 from rlhf_dist.models.checksum import checksum
+from rlhf_dist.models.flops import forward_flops
 from rlhf_dist.models.loading import load_tokenizer, stop_tokens
 from rlhf_dist.models.logprobs import HeadOptions
 from rlhf_dist.models.policy import PolicyModule
 from rlhf_dist.runs.rollout_log import write_rollouts
 from rlhf_dist.workers.estimation import Estimator, on_policy_gaps, token_kl
 from rlhf_dist.workers.export import export_model
-from rlhf_dist.workers.sampling import Sampler
+from rlhf_dist.workers.places import place_of
+from rlhf_dist.workers.prompts import Prompts, VersionedSampler
+from rlhf_dist.workers.resting import RestingModel, rest_engine
+from rlhf_dist.workers.sampling import native_sampler
 from rlhf_dist.workers.scoring import rows_of_rank, score_rows
 from rlhf_dist.workers.training import Trainer, build_engine, load_policy, optimizer_steps, parameter_counts, prepare_checkpointing, seeded
+from rlhf_dist.workers.weight_source import WeightSource
 from rlhf_dist.workers.weight_sync import copy_weights, trained_weights_of, weights_of
 
 
 class PolicyWorker:
-    """One rank of the policy (contracts.roles.PolicyRole).
+    """One rank of the policy (contracts.roles.PolicyRole and RestingRole).
 
-    Under ZeRO ≤ 2 the sampler decodes with the trainer's own parameters; under ZeRO 3 with a whole copy that `sync_weights` fills.
+    Where no rollout group samples, this rank does: under ZeRO ≤ 2 with the trainer's own parameters, under ZeRO 3 with a whole copy that
+    `sync_weights` fills. Otherwise it holds neither sampler nor copy, and sends its weights.
     """
 
     def __init__(self, config: PPOConfig, rank: Rank) -> None:
@@ -55,16 +64,13 @@ class PolicyWorker:
         self._stop_tokens = stop_tokens(section.model, self._tokenizer, trust_remote_code=section.trust_remote_code)
         training = Training(section.optim, optimizer_steps(config, idle=config.value.warmup_steps if config.needs_value else 0))
         self._engine = build_engine(_module(config), section, rank, training)
-        self._copy = load_policy(config.policy, config.run.seed).to(rank.device) if self._engine.stage == 3 else None
-        sampled = self._engine.module.model if self._copy is None else self._copy
-        self._sampler = Sampler(sampled, self._tokenizer, config.rollout, self._stop_tokens, config.run.seed)
-        self._trainer = Trainer(self._engine, PolicyObjective(config.algorithm), whitens=config.algorithm.whitens_advantages)
-        self._estimator = Estimator(config.algorithm, config.rollout.samples_per_prompt)
-        self._train_prompts = PromptStream(config.data, self._tokenizer, split="train", seed=config.run.seed)
-        self._eval_prompts, self._eval_fates = _held_out(config, self._tokenizer)
-        self._step_start, self._step_prompts = -1, list[PromptRecord]()
-        self._version = -1
-        self._keeps_sampled_logprobs = config.algorithm.old_logprobs == "sampler"
+        self._prompts = Prompts(config, self._tokenizer)
+        self._copy: RestingModel | None = None
+        self._sampler = None if config.rollout.ranks else self._own_sampler(config)
+        self._weights = WeightSource(self._engine)
+        objective = PolicyObjective(config.algorithm, config.importance_cap)
+        self._trainer = Trainer(self._engine, objective, whitens=config.algorithm.whitens_advantages)
+        self._estimator = Estimator(config.algorithm, config.rollout.samples_per_prompt, config.importance_cap)
 
     def describe(self) -> dict[str, Any]:
         """Facts about model and data."""
@@ -72,11 +78,15 @@ class PolicyWorker:
             parameter_counts(self._engine.module)
             | {
                 "stop_tokens": list(self._stop_tokens),
-                "held_out_prompts": len(self._eval_prompts),
+                "held_out_prompts": len(self._prompts.held_out),
                 "device": self._rank.device,
             }
-            | self._eval_fates
+            | self._prompts.held_out_fates
         )
+
+    def costs(self) -> FlopModel:
+        """What a forward of the policy costs."""
+        return forward_flops(self._engine.module)
 
     def generate(self, request: GenerateRequest) -> Stored[ExperienceBatch, RolloutInfo]:
         """Samples a shard of prompts.
@@ -84,22 +94,9 @@ class PolicyWorker:
         Raises:
             UserError: the request is for a policy version that this sampler does not hold.
         """
-        if request.version != self._version:
-            raise UserError(
-                f"asked for samples of policy version {request.version}, but the sampler holds {self._version}",
-                where=f"policy rank {self._rank.rank}, generate",
-                fix="sync the weights before generating",
-            )
-        read = self._read_eval if request.stream == "eval" else self._read_train
-        prompts = read(request.step_start, request.start - request.step_start + request.count)
-        ahead = request.start - request.step_start
-        answer = self._sampler.sample(request, prompts[:ahead], prompts[ahead:])
-        if self._keeps_sampled_logprobs:
-            payload = answer.payload.replace(old_logprobs_BT=answer.payload.rollout_logprobs_BT)
-            answer = dataclasses.replace(answer, payload=payload)
-        mine = prompts[ahead:]
-        dropped, truncated = sum(p.skipped for p in mine), sum(p.truncated for p in mine)
-        return Stored(answer.payload, dataclasses.replace(answer.info, dropped_prompts=dropped, truncated_prompts=truncated))
+        assert self._sampler is not None, "the rollout group samples"
+        (self._engine if self._copy is None else self._copy).wake()
+        return self._sampler.generate(request)
 
     def score(self, shard: ExperienceBatch) -> Stored[Piece, PieceInfo]:
         """Old log-probs by the training forward, of this rank's rows."""
@@ -133,20 +130,47 @@ class PolicyWorker:
         """One optimizer step."""
         return self._trainer.update(request)
 
-    def sync_weights(self, version: int) -> int:
-        """Gives the sampler the trainer's weights; returns their checksum.
+    def sync_weights(self, version: int) -> SyncInfo:
+        """Gives the sampler in this process the trainer's weights.
 
         Raises:
             UserError: the sampler's copy does not hold what the trainer sent.
         """
+        assert self._sampler is not None, "the rollout group samples"
         if self._copy is None:
-            held = checksum(self._engine.module.model.named_parameters())
+            self._engine.wake()
+            held = SyncInfo(checksum(self._engine.module.model.named_parameters()))
         else:
+            self._copy.wake()
             whole = self._section.lora is None  # adapters stay apart: merged in half precision they would be another policy
-            target = weights_of(self._copy) if whole else trained_weights_of(self._copy)
-            held = copy_weights(target, self._engine.export_weights(merged=whole))
-        self._version = version
+            target = weights_of(self._copy.model) if whole else trained_weights_of(self._copy.model)
+            held = copy_weights(target, self._engine.export_weights(merged=whole), version)
+        self._sampler.version = version
         return held
+
+    def rest(self, needs: Needs) -> RestInfo:
+        """What the coming phase does not need leaves the device. Where a copy samples, only a sync needs both sets of weights."""
+        if self._copy is None:
+            return rest_engine(self._engine, needs)
+        if needs not in ("sampler", "sync"):
+            self._copy.rest()
+        return rest_engine(self._engine, "nothing" if needs == "sampler" else needs) + self._copy.resting
+
+    def place(self) -> Place:
+        """Where the weights are."""
+        return place_of(self._engine.device)
+
+    def open_link(self, link: Link) -> Link:
+        """Opens the store of a link to the rollout group."""
+        return self._weights.open(link)
+
+    def send_weights(self, link: Link) -> SyncInfo:
+        """Exports all weights, and sends them where this rank opened the link."""
+        return self._weights.send(link)
+
+    def next_weights(self, bucket_bytes: int) -> Stored[Mapping[str, Tensor], BucketInfo]:
+        """The next bucket of an export, for others to fetch."""
+        return self._weights.next(bucket_bytes)
 
     def write_rollouts(
         self, path: str, shards: Sequence[ExperienceBatch], pieces: Sequence[Sequence[Piece]], details: Sequence[dict[str, Any]]
@@ -163,30 +187,15 @@ class PolicyWorker:
         """Writes the policy as a Hugging Face folder, adapters merged."""
         export_model(self._engine, self._engine.module.model, self._tokenizer, folder)
 
-    def _read_train(self, start: int, count: int) -> list[PromptRecord]:
-        """Keeps the step's prompts: a later shard of the step asks for them again, and the stream only reads on cheaply."""
-        if start != self._step_start:
-            self._step_start, self._step_prompts = start, []
-        missing = count - len(self._step_prompts)
-        if missing > 0:
-            self._step_prompts += self._train_prompts.batch(start + len(self._step_prompts), missing)
-        return self._step_prompts[:count]
-
-    def _read_eval(self, start: int, count: int) -> list[PromptRecord]:
-        return self._eval_prompts[start : start + count]
+    def _own_sampler(self, config: PPOConfig) -> VersionedSampler:
+        if self._engine.stage == 3:
+            self._copy = RestingModel(load_policy(config.policy, config.run.seed).to(self._rank.device))
+        sampled = self._engine.module.model if self._copy is None else self._copy.model
+        sampler = native_sampler(sampled, self._tokenizer, config.rollout, self._stop_tokens, config.run.seed)
+        return VersionedSampler(self._prompts, sampler, config, f"policy rank {self._rank.rank}")
 
 
 def _module(config: PPOConfig) -> PolicyModule:
     section, model = config.policy, load_policy(config.policy, config.run.seed)
     options = HeadOptions(config.rollout.temperature, entropy_grad=config.algorithm.entropy_coef > 0)
     return PolicyModule(prepare_checkpointing(model, section), options, packing=section.packing)
-
-
-def _held_out(config: PPOConfig, tokenizer: Any) -> tuple[list[PromptRecord], dict[str, int]]:
-    """The held-out prompts, and how many of them were dropped or truncated, where any were."""
-    if not config.data.eval and not config.data.eval_fraction:
-        return [], {}
-    stream = PromptStream(config.data, tokenizer, split="eval", seed=config.run.seed, limit=config.evaluation.max_prompts)
-    prompts = list(stream.finite())
-    fates = {"held_out_dropped": stream.dropped, "held_out_truncated": stream.truncated}
-    return prompts, {name: count for name, count in fates.items() if count}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.config.operation import PlacementSection
+from rlhf_dist.workers.interpreter import python_path
 from rlhf_dist.workers.placement import Demand
 from rlhf_dist.workers.wire import pack, split, unpack
 
@@ -31,6 +32,7 @@ PASSED_ON = (
     "NCCL_SOCKET_IFNAME",
     "GLOO_SOCKET_IFNAME",
 )
+PASSED_ON_PREFIXES = ("VLLM_",)
 
 
 class Host:
@@ -47,12 +49,12 @@ class Host:
 
         return str(ray.util.get_node_ip_address()), free_port()
 
-    def start(self, place: tuple[int, int, str, int], factory: Factory) -> None:
-        """Joins the process group and loads the worker. place: rank, world size, address, port."""
-        from rlhf_dist.engines.process import start_process_group
+    def start(self, place: tuple[int, int, str, int], factory: Factory, alone: bool) -> None:
+        """Joins the process group, unless its ranks stand alone, and loads the worker. place: rank, world size, address, port."""
+        from rlhf_dist.engines.process import rank_alone, start_process_group
 
         rank, world_size, address, port = place
-        self._worker = factory(start_process_group(rank, world_size, 0, address, port))
+        self._worker = factory(rank_alone(rank, world_size) if alone else start_process_group(rank, world_size, 0, address, port))
 
     @ray.method(num_returns=2)
     def invoke(self, method: str, arguments: bytes, *payloads: Any) -> tuple[Any, bytes]:
@@ -110,14 +112,14 @@ class RayGroup:
                 fix="other jobs may hold the resources (`ray status`); free them, or raise placement.start_timeout_s",
             )
         self._actors = [self._actor(demand, rank, placement.threads_per_rank) for rank in range(demand.ranks)]
-        self._factory, self._start_timeout_s = factory, placement.start_timeout_s
+        self._factory, self._start_timeout_s, self._alone = factory, placement.start_timeout_s, demand.alone
         self._starting: list[Any] = []
 
     def begin_start(self) -> None:
         """Tells every rank to load, without waiting, so that groups load side by side."""
         address, port = get(self._actors[0].address.remote(), self._start_timeout_s, f"{self.name}, start")
         places = [(rank, self.world_size, address, port) for rank in range(self.world_size)]
-        self._starting = [actor.start.remote(place, self._factory) for actor, place in zip(self._actors, places, strict=True)]
+        self._starting = [actor.start.remote(place, self._factory, self._alone) for actor, place in zip(self._actors, places, strict=True)]
 
     def finish_start(self) -> None:
         """Waits until every rank has loaded its models.
@@ -125,7 +127,8 @@ class RayGroup:
         Raises:
             UserError: what a rank raised, or the deadline passed.
         """
-        wait_all(self._starting, self._start_timeout_s, f"{self.name}, start")
+        asked = {reference: f"{self.name} rank {rank}, start" for rank, reference in enumerate(self._starting)}
+        wait_all(asked, self._start_timeout_s)
 
     def submit(self, method: Callable[..., Any], arguments: Sequence[tuple[Any, ...] | None]) -> list[RayHandle]:
         """Calls a method on every rank that is given arguments; never waits."""
@@ -133,8 +136,11 @@ class RayGroup:
         return [self._send(rank, method.__name__, given) for rank, given in enumerate(arguments) if given is not None]
 
     def collect(self, handles: Sequence[RayHandle]) -> list[Any]:
-        """The records, in order. The first failure is raised as soon as it is known, even if another rank never answers."""
-        wait_all([handle.record for handle in handles], self._timeout_s, handles[0].asked if handles else self.name)
+        """The records, in order. The first failure is raised as soon as it is known, even if another rank never answers.
+
+        The handles may be those of several groups: a rank that waits for one of another group hides no failure there.
+        """
+        wait_all({handle.record: handle.asked for handle in handles}, self._timeout_s)
         return [handle.info() for handle in handles]
 
     def close(self) -> None:
@@ -153,7 +159,7 @@ class RayGroup:
         return RayHandle(payload, record, f"{self.name} rank {rank}, {method}", self._timeout_s, self)
 
     def _actor(self, demand: Demand, rank: int, threads: int) -> Any:
-        variables = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+        variables = {name: value for name, value in os.environ.items() if name in PASSED_ON or name.startswith(PASSED_ON_PREFIXES)}
         variables |= {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
         options: dict[str, Any] = {
             "num_cpus": demand.cpus,
@@ -161,22 +167,28 @@ class RayGroup:
             "scheduling_strategy": PlacementGroupSchedulingStrategy(self._bundles, placement_group_bundle_index=rank),
             "runtime_env": {"env_vars": variables},
         }
+        if demand.python:
+            variables["PYTHONPATH"] = python_path(variables.get("PYTHONPATH", ""))
+            options["runtime_env"]["py_executable"] = demand.python
         return ray.remote(Host).options(**options).remote(os.getcwd())
 
 
-def wait_all(references: Sequence[Any], timeout_s: float, asked: str) -> None:
+def wait_all(asked: Mapping[Any, str], timeout_s: float) -> None:
     """Waits for all; raises the first failure at once, so that a rank hanging in a collective with a dead one hides nothing.
+
+    Args:
+        asked: references, and who was asked for what.
 
     Raises:
         UserError: a failure, or the deadline.
     """
-    pending = list(references)
+    pending = list(asked)
     while pending:
         done, pending = ray.wait(pending, num_returns=1, timeout=timeout_s)
         if not done:
-            raise _late(timeout_s, asked)
+            raise _late(timeout_s, "; ".join(asked[reference] for reference in pending))
         for reference in done:
-            get(reference, timeout_s, asked)
+            get(reference, timeout_s, asked[reference])
 
 
 def get(reference: Any, timeout_s: float, asked: str) -> Any:

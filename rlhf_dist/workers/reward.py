@@ -7,29 +7,34 @@ from typing import Any
 
 from rlhf_dist.config.ppo import PPOConfig
 from rlhf_dist.config.rewards import ModelReward as ModelRewardSection
+from rlhf_dist.config.rewards import Source
 from rlhf_dist.contracts.experience import ExperienceBatch
 from rlhf_dist.contracts.reward import RewardRequest, RewardResult
-from rlhf_dist.contracts.roles import ScoreInfo
+from rlhf_dist.contracts.roles import Needs, RestInfo, ScoreInfo
 from rlhf_dist.contracts.tally import Tally
+from rlhf_dist.engines.deepspeed import DeepSpeedEngine
 from rlhf_dist.engines.process import Rank
-from rlhf_dist.models.classifier import load_classifier
+from rlhf_dist.models.classifier import ClassifierModule, load_classifier
 from rlhf_dist.models.loading import load_tokenizer
 from rlhf_dist.rewards.function import FunctionReward
 from rlhf_dist.rewards.model import ModelReward
 from rlhf_dist.rewards.text import RewardEncoder
+from rlhf_dist.workers.resting import rest_engine
 from rlhf_dist.workers.scoring import rows_of_rank
 from rlhf_dist.workers.training import build_engine
 
 
 class RewardWorker:
-    """One rank of the rewards (contracts.roles.RewardRole). Rewards are judged in the order of the config, so engines meet on all ranks."""
+    """One rank of the rewards (contracts.roles.RewardRole and RestingRole).
+
+    Rewards are judged in the order of the config, so engines meet on all ranks. Where engines take turns, so do those of several rewards.
+    """
 
     def __init__(self, config: PPOConfig, rank: Rank) -> None:
         self._rank = rank
-        self._rewards: list[FunctionReward | ModelReward] = [
-            _model_reward(config, source, rank) if isinstance(source, ModelRewardSection) else FunctionReward(source.name, source.path)
-            for source in config.reward.sources
-        ]
+        self._engines: dict[str, DeepSpeedEngine] = {}
+        self._rewards = [self._loaded(config, source) for source in config.reward.sources]
+        self._takes_turns = config.placement.offload == "idle" and len(self._engines) > 1
 
     def judge(self, shard: ExperienceBatch) -> ScoreInfo:
         """Raw rewards of this rank's rows."""
@@ -39,10 +44,25 @@ class RewardWorker:
         results = tuple(self._one(reward, shard, rows, tally) for reward in self._rewards)
         return ScoreInfo(rows, results, time.perf_counter() - began, tally)
 
+    def rest(self, needs: Needs) -> RestInfo:
+        """What the coming phase does not need leaves the device; functions have nothing there."""
+        return sum((rest_engine(engine, needs) for engine in self._engines.values()), RestInfo())
+
+    def _loaded(self, config: PPOConfig, source: Source) -> FunctionReward | ModelReward:
+        if not isinstance(source, ModelRewardSection):
+            return FunctionReward(source.name, source.path)
+        module = load_classifier(config.reward, source.model, source.label, source.transform)
+        engine = self._engines[source.name] = build_engine(module, config.reward, self._rank)
+        if config.placement.offload == "idle":
+            engine.rest(weights=True)  # before the next one is loaded
+        return ModelReward(source.name, engine, _encoder(config, source, module), config.reward.microbatch_tokens)
+
     def _one(self, reward: FunctionReward | ModelReward, shard: ExperienceBatch, rows: tuple[int, ...], tally: Tally) -> RewardResult:
         if isinstance(reward, ModelReward):
             result, counted = reward.score(shard, rows)
             tally.merge(counted)
+            if self._takes_turns:
+                self._engines[reward.name].rest(weights=True)
             return result
         if not rows:
             return RewardResult(reward.name, ())
@@ -54,14 +74,11 @@ def _request(shard: ExperienceBatch, rows: tuple[int, ...]) -> RewardRequest:
     return RewardRequest([shard.prompts[row] for row in rows], [shard.completions[row] for row in rows], columns)
 
 
-def _model_reward(config: PPOConfig, source: ModelRewardSection, rank: Rank) -> ModelReward:
-    section, trust = config.reward, config.reward.trust_remote_code
-    module = load_classifier(section, source.model, source.label, source.transform)
-    encoder = RewardEncoder(
-        load_tokenizer(source.model, trust_remote_code=trust),
+def _encoder(config: PPOConfig, source: ModelRewardSection, module: ClassifierModule) -> RewardEncoder:
+    return RewardEncoder(
+        load_tokenizer(source.model, trust_remote_code=config.reward.trust_remote_code),
         load_tokenizer(config.policy.model, trust_remote_code=config.policy.trust_remote_code),
         module.input_limit(source.max_tokens),
         source.overlong,
         config.data.messages_field,
     )
-    return ModelReward(source.name, build_engine(module, section, rank), encoder, section.microbatch_tokens)

@@ -27,9 +27,16 @@ class RewardModelWorker(SupervisedWorker):
     """Trains a sequence classifier on rows of answers (contracts.supervised.RewardModelRole)."""
 
     def describe(self) -> RowFacts:
-        """As of any worker, and how many training rows have a margin that could count."""
-        facts = super().describe()
-        return replace(facts, facts=facts.facts | {"rows with a margin": with_margin(self._rows.train)})
+        """As of any worker, and how many training rows have a margin that could count; packed, a row is as long as its tokens."""
+        facts, rows = super().describe(), [*self._rows.train, *self._rows.evaluation]
+        assert facts.costs is not None
+        answers = sum(len(row.answers) for row in rows) / max(1, len(rows))
+        shown = facts.facts | {"rows with a margin": with_margin(self._rows.train)}
+        facts = replace(facts, facts=shown, costs=facts.costs.together(answers or 1))
+        if not self._engine.module.packing:
+            return facts
+        lengths, eval_lengths = (tuple(row.tokens for row in rows) for rows in (self._rows.train, self._rows.evaluation))
+        return replace(facts, lengths=lengths, eval_lengths=eval_lengths)
 
     def judge(self, side: Side, microbatches: tuple[tuple[int, ...], ...]) -> tuple[JudgedPair, ...]:
         """This rank's rows as judged pairs, in the order of the microbatches. Collective."""
@@ -46,6 +53,8 @@ class RewardModelWorker(SupervisedWorker):
     def _cut(self, source: Sequence[Any], microbatches: tuple[tuple[int, ...], ...]) -> list[list[Any]]:
         """Rows with different numbers of answers apart: padded together they would exceed the budget that each was counted in."""
         together = super()._cut(source, microbatches)
+        if self._engine.module.packing:
+            return together
         counts = [sorted({len(row.answers) for row in rows}) for rows in together]
         return [[row for row in rows if len(row.answers) == k] for rows, ks in zip(together, counts, strict=True) for k in ks]
 
@@ -78,6 +87,6 @@ def build_reward_model(config: RewardModelConfig, rank: Rank) -> RewardModelWork
         model = add_adapter(model, section.lora, config.run.seed, head=HEAD)
     training = Training(section.optim, config.training.total_steps(len(rows.train)))
     module: Any = prepare_checkpointing(model, section)
-    engine = build_engine(RewardModelModule(module), section, rank, training)
+    engine = build_engine(RewardModelModule(module, packing=section.packing), section, rank, training)
     objective: Any = RewardObjective(config.reward_model.ranking, config.reward_model.margins, config.reward_model.centring)
     return RewardModelWorker(engine, objective, rows, collate_answers, tokenizer)

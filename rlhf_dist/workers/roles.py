@@ -9,10 +9,12 @@ from rlhf_dist.config.ppo import PPOConfig
 from rlhf_dist.engines.process import Rank
 
 ROLES = ("policy", "reference", "value", "reward")
+"""Those with an engine: a section of their own in the config, ranks that form a process group."""
+ROLLOUT = "rollout"
 
 
 def needed_roles(config: PPOConfig) -> list[str]:
-    """The roles a run starts: no value engine without GAE, no reference engine with LoRA."""
+    """The engine roles a run starts: no value engine without GAE, no reference engine with LoRA."""
     absent = {name for name, needed in (("value", config.needs_value), ("reference", config.needs_reference)) if not needed}
     return [role for role in ROLES if role not in absent]
 
@@ -24,11 +26,19 @@ def section_of(config: PPOConfig, role: str) -> EngineSection:
 
 
 def build_worker(role: str, config: PPOConfig, rank: Rank) -> Any:
-    """Loads a role's models on this rank. Imports are late, so that no process imports what it does not host.
+    """Loads a role's models on this rank; they leave the device at once where engines take turns.
 
     Raises:
         ValueError: no such role.
     """
+    worker = _loaded(role, config, rank)
+    if config.placement.offload == "idle":
+        worker.rest("nothing")
+    return worker
+
+
+def _loaded(role: str, config: PPOConfig, rank: Rank) -> Any:
+    """Imports are late, so that no process imports what it does not host."""
     if role == "policy":
         from rlhf_dist.workers.policy import PolicyWorker
 
@@ -45,4 +55,8 @@ def build_worker(role: str, config: PPOConfig, rank: Rank) -> Any:
         from rlhf_dist.workers.reward import RewardWorker
 
         return RewardWorker(config, rank)
-    raise ValueError(f"there is no role {role!r}: {', '.join(ROLES)}")
+    if role == ROLLOUT:
+        from rlhf_dist.workers.rollout import RolloutWorker
+
+        return RolloutWorker(config, rank)
+    raise ValueError(f"there is no role {role!r}: {', '.join((*ROLES, ROLLOUT))}")

@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -20,13 +20,22 @@ from rlhf_dist.contracts.tally import Tally
 from rlhf_dist.data.records import PromptRecord, columns_of
 from rlhf_dist.rollout.native import Completion, NativeEngine, RolloutRow, SamplingKey
 from rlhf_dist.rollout.sampling import SamplingParams
+from rlhf_dist.rollout.stopping import Decode
+
+
+class SamplingEngine(Protocol):
+    """What completes rows: `rollout.native.NativeEngine` or `rollout.vllm.VllmEngine`."""
+
+    def generate(self, rows: Sequence[RolloutRow], params: SamplingParams, key: SamplingKey) -> tuple[list[Completion], Tally]:
+        """Completes every row; the completions stand in the order of the rows."""
+        ...
 
 
 class Sampler:
-    """Samples completions with the sampler's model and packs them.
+    """Samples completions with an engine and packs them.
 
     Args:
-        model: Hugging Face causal LM whose weights are current.
+        engine: its weights are current.
         tokenizer: the policy's.
         config: sampling settings.
         stop_tokens: ids that end a completion.
@@ -34,10 +43,15 @@ class Sampler:
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: RolloutSection, stop_tokens: Sequence[int], seed: int
+        self,
+        engine: SamplingEngine,
+        tokenizer: PreTrainedTokenizerBase,
+        config: RolloutSection,
+        stop_tokens: Sequence[int],
+        seed: int,
     ) -> None:
-        self._tokenizer, self._seed = tokenizer, seed
-        self._engine = NativeEngine(model, slots=config.slots, decode=self._decode)
+        self._engine, self._seed = engine, seed
+        self._decode, self._plain = decoder(tokenizer), decoder(tokenizer, skip_special_tokens=True)
         self._stop_strings = tuple(config.stop_strings)
         self._params = SamplingParams(
             config.max_new_tokens, config.temperature, config.top_k, config.top_p, tuple(stop_tokens), self._stop_strings
@@ -91,7 +105,7 @@ class Sampler:
         tokens = completion.tokens
         if completion.stop_reason == StopReason.STOP_STRING:
             return self._before_stop_string(tokens)
-        return self._decode(tokens[:-1] if completion.stop_reason == StopReason.STOP_TOKEN else tokens, skip_special_tokens=True)
+        return self._plain(tokens[:-1] if completion.stop_reason == StopReason.STOP_TOKEN else tokens)
 
     def _before_stop_string(self, tokens: Sequence[int]) -> str:
         """Cuts the text that generation looked at, in which special tokens show: a stop string may consist of them (`<|im_end|>`)."""
@@ -101,10 +115,24 @@ class Sampler:
         while not text.startswith(self._decode(tokens[:count])):
             count -= 1
         rest = text[len(self._decode(tokens[:count])) :]  # what the next token says before the stop string begins
-        return self._decode(tokens[:count], skip_special_tokens=True) + rest
+        return self._plain(tokens[:count]) + rest
 
-    def _decode(self, tokens: Sequence[int], skip_special_tokens: bool = False) -> str:
-        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens))
+
+def decoder(tokenizer: PreTrainedTokenizerBase, *, skip_special_tokens: bool = False) -> Decode:
+    """Token ids to text; special tokens show unless they are to be skipped."""
+
+    def decode(tokens: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens))
+
+    return decode
+
+
+def native_sampler(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: RolloutSection, stop_tokens: Sequence[int], seed: int
+) -> Sampler:
+    """A sampler over a Hugging Face causal LM, with the weights that it has at each call."""
+    engine = NativeEngine(model, slots=config.slots, decode=decoder(tokenizer))
+    return Sampler(engine, tokenizer, config, stop_tokens, seed)
 
 
 def _rows(before: Sequence[PromptRecord], prompts: Sequence[PromptRecord], samples: int) -> tuple[list[PromptRecord], list[RolloutRow]]:

@@ -13,7 +13,13 @@ from rlhf_dist.contracts.engine import Engine, Outputs
 from rlhf_dist.contracts.experience import ExperienceBatch, Piece
 from rlhf_dist.contracts.group import Stored
 from rlhf_dist.contracts.roles import PieceInfo
+from rlhf_dist.contracts.tally import Tally
 from rlhf_dist.data.microbatches import token_budget_cuts
+from rlhf_dist.data.schedule import balance
+from rlhf_dist.models.flops import flops_of, forward_flops
+
+SCORER = {"old_logprobs_BT": "policy", "ref_logprobs_BT": "reference", "values_BT": "value", "bootstrap_value_B": "value"}
+"""Whose numbers fill a field."""
 
 
 def rows_of_rank(rows: int, rank: int, world_size: int) -> tuple[int, ...]:
@@ -24,7 +30,7 @@ def rows_of_rank(rows: int, rank: int, world_size: int) -> tuple[int, ...]:
 def score_rows(
     engine: Engine, shard: ExperienceBatch, names: Mapping[str, str], budget: int, packed: bool = False, **options: Any
 ) -> Stored[Piece, PieceInfo]:
-    """Forwards this rank's rows of a shard. Collective.
+    """Forwards this rank's rows of a shard, of which every rank has like work. Collective.
 
     Args:
         engine: the role's engine.
@@ -35,12 +41,16 @@ def score_rows(
         options: passed on to the module's forward.
     """
     began = time.perf_counter()
-    rows = rows_of_rank(len(shard), engine.rank, engine.world_size)
+    costs, lengths = forward_flops(engine.module), (shard.prompt_lengths_B + shard.response_lengths_B).tolist()
+    rows = tuple(balance(range(len(shard)), [costs.in_tokens(length) for length in lengths], engine.world_size)[engine.rank])
     mine = shard.select(rows)
-    cuts = token_budget_cuts((mine.prompt_lengths_B + mine.response_lengths_B).tolist(), budget, packed=packed)
+    cuts = token_budget_cuts([lengths[row] for row in rows], budget, packed=packed, cost=costs.in_tokens)
     outputs = engine.forward([mine.select(cut) for cut in cuts], **options)
     tensors = {field: in_row_order(outputs, cuts, name, len(rows)) for name, field in names.items()}
-    return Stored(Piece(rows, tensors), PieceInfo(rows, time.perf_counter() - began))
+    seconds, tally = time.perf_counter() - began, Tally()
+    if rows:
+        tally.add(f"perf/{SCORER[next(iter(names.values()))]}_score_tflops", flops_of(costs, [mine]) / 1e12, seconds)
+    return Stored(Piece(rows, tensors), PieceInfo(rows, seconds, tally))
 
 
 def in_row_order(outputs: Sequence[Outputs], cuts: Sequence[Sequence[int]], name: str, rows: int) -> Tensor:

@@ -14,6 +14,7 @@ from rlhf_dist.contracts.roles import UpdateInfo, UpdateRequest
 from rlhf_dist.contracts.supervised import RowFacts
 from rlhf_dist.contracts.tally import Tally
 from rlhf_dist.engines.deepspeed import DeepSpeedEngine
+from rlhf_dist.models.flops import flops_of, forward_flops, training_flops
 from rlhf_dist.workers.export import export_model
 from rlhf_dist.workers.training import parameter_counts
 
@@ -44,6 +45,7 @@ class SupervisedWorker:
         self, engine: DeepSpeedEngine, objective: Objective, rows: Rows, collate: Callable[[Sequence[Any]], Any], tokenizer: Any
     ) -> None:
         self._engine, self._objective, self._rows, self._collate, self._tokenizer = engine, objective, rows, collate, tokenizer
+        self._training_costs = training_flops(engine.module)
 
     def describe(self) -> RowFacts:
         """Lengths and weights of all rows."""
@@ -54,6 +56,7 @@ class SupervisedWorker:
             fates=self._rows.fates,
             eval_fates=self._rows.eval_fates,
             facts=parameter_counts(self._engine.module) | {"device": str(self._engine.device)},
+            costs=forward_flops(self._engine.module),
         )
 
     def update(self, request: UpdateRequest) -> UpdateInfo:
@@ -62,7 +65,10 @@ class SupervisedWorker:
         batches = [self._collate(rows) for rows in self._cut(self._rows.train, request.microbatches)]
         tally = self._engine.forward_backward(batches, self._objective, request.denominator)
         step = self._engine.optimizer_step()
-        return UpdateInfo(tally, step, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        if batches:
+            tally.add("perf/update_tflops", flops_of(self._training_costs, batches) / 1e12, seconds)
+        return UpdateInfo(tally, step, seconds)
 
     def evaluate(self, microbatches: tuple[tuple[int, ...], ...]) -> Tally:
         """Metrics of held-out rows."""

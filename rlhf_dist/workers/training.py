@@ -18,6 +18,7 @@ from rlhf_dist.contracts.moments import Moments
 from rlhf_dist.contracts.roles import UpdateInfo, UpdateRequest
 from rlhf_dist.engines.deepspeed import DeepSpeedEngine, Training
 from rlhf_dist.engines.process import Rank
+from rlhf_dist.models.flops import flops_of, training_flops, whole_size
 from rlhf_dist.models.loading import load_causal_lm
 from rlhf_dist.models.lora import add_adapter
 from rlhf_dist.models.policy import PolicyModule
@@ -30,10 +31,12 @@ class Trainer:
         engine: trained engine.
         objective: its loss.
         whitens: whether advantages are whitened with the merged moments.
+        name: of the role, in metrics.
     """
 
-    def __init__(self, engine: Engine, objective: Objective, *, whitens: bool) -> None:
-        self._engine, self._objective, self._whitens = engine, objective, whitens
+    def __init__(self, engine: Engine, objective: Objective, *, whitens: bool, name: str = "policy") -> None:
+        self._engine, self._objective, self._whitens, self._name = engine, objective, whitens, name
+        self._costs = training_flops(engine.module)
         self._experience: ExperienceBatch | None = None
 
     def load(self, shards: Sequence[ExperienceBatch], advantages: Moments) -> int:
@@ -46,13 +49,19 @@ class Trainer:
         return len(batch)
 
     def update(self, request: UpdateRequest) -> UpdateInfo:
-        """One optimizer step on this rank's microbatches; an empty microbatch counts for nothing. Collective."""
+        """One optimizer step on this rank's microbatches; an empty microbatch counts for nothing. Collective.
+
+        `perf/*_update_tflops` merges over ranks and steps to the operations of a working rank in its seconds, waiting included.
+        """
         assert self._experience is not None, "load the experience first"
         began = time.perf_counter()
         microbatches = [self._experience.select(rows) for rows in request.microbatches if rows]
         tally = self._engine.forward_backward(microbatches, self._objective, request.denominator)
         step = self._engine.optimizer_step()
-        return UpdateInfo(tally, step, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        if microbatches:
+            tally.add(f"perf/{self._name}_update_tflops", flops_of(self._costs, microbatches) / 1e12, seconds)
+        return UpdateInfo(tally, step, seconds)
 
 
 def build_engine(module: Any, section: EngineSection, rank: Rank, training: Training | None = None) -> DeepSpeedEngine:
@@ -88,13 +97,8 @@ def prepare_checkpointing(model: Any, section: TrainedSection) -> Any:
 
 def parameter_counts(module: torch.nn.Module) -> dict[str, int]:
     """All parameters and those that are trained; whole ones, also where ZeRO 3 left a shard of each here or they are held in 4 bits."""
-    sizes = [(_size(p), p.requires_grad) for p in module.parameters()]
+    sizes = [(whole_size(p), p.requires_grad) for p in module.parameters()]
     return {"parameters": sum(size for size, _ in sizes), "trained_parameters": sum(size for size, trained in sizes if trained)}
-
-
-def _size(parameter: Any) -> int:
-    packed = getattr(parameter, "quant_state", None)
-    return int(packed.shape.numel() if packed is not None else getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def seeded(seed: int) -> None:

@@ -7,21 +7,24 @@ from collections.abc import Sequence
 from rlhf_dist.algos.objectives import ValueObjective
 from rlhf_dist.config.ppo import PPOConfig
 from rlhf_dist.contracts.experience import ExperienceBatch, Piece
+from rlhf_dist.contracts.flops import FlopModel
 from rlhf_dist.contracts.group import Stored
 from rlhf_dist.contracts.moments import Moments
-from rlhf_dist.contracts.roles import PieceInfo, UpdateInfo, UpdateRequest
+from rlhf_dist.contracts.roles import Needs, PieceInfo, RestInfo, UpdateInfo, UpdateRequest
 from rlhf_dist.engines.deepspeed import Training
 from rlhf_dist.engines.process import Rank
+from rlhf_dist.models.flops import forward_flops
 from rlhf_dist.models.loading import load_token_scorer, load_tokenizer
 from rlhf_dist.models.lora import add_adapter
 from rlhf_dist.models.value import ValueModule
 from rlhf_dist.workers.export import export_model
+from rlhf_dist.workers.resting import rest_engine
 from rlhf_dist.workers.scoring import score_rows
 from rlhf_dist.workers.training import Trainer, build_engine, optimizer_steps, prepare_checkpointing, seeded
 
 
 class ValueWorker:
-    """One rank of the value model (contracts.roles.ScoringRole and TrainedRole)."""
+    """One rank of the value model (contracts.roles.ScoringRole, TrainedRole and RestingRole)."""
 
     def __init__(self, config: PPOConfig, rank: Rank) -> None:
         seeded(config.run.seed)
@@ -30,16 +33,20 @@ class ValueWorker:
         model = load_token_scorer(section, path, zero_head=section.head_init == "zero")
         if section.lora is not None:
             model = add_adapter(model, section.lora, config.run.seed, head="score")
-        self._budget = section.microbatch_tokens
+        self._budget = (section.microbatch_tokens, section.packing)
         self._tokenizer = load_tokenizer(path, trust_remote_code=section.trust_remote_code)
-        module = ValueModule(prepare_checkpointing(model, section))
+        module = ValueModule(prepare_checkpointing(model, section), packing=section.packing)
         self._engine = build_engine(module, section, rank, Training(section.optim, optimizer_steps(config)))
-        self._trainer = Trainer(self._engine, ValueObjective(config.algorithm), whitens=False)
+        self._trainer = Trainer(self._engine, ValueObjective(config.algorithm), whitens=False, name="value")
+
+    def costs(self) -> FlopModel:
+        """What a forward of the value model costs."""
+        return forward_flops(self._engine.module)
 
     def score(self, shard: ExperienceBatch) -> Stored[Piece, PieceInfo]:
         """Values of this rank's rows."""
         names = {"values_BT": "values_BT", "bootstrap_value_B": "bootstrap_value_B"}
-        return score_rows(self._engine, shard, names, self._budget)
+        return score_rows(self._engine, shard, names, *self._budget)
 
     def load_experience(self, shards: Sequence[ExperienceBatch], advantages: Moments) -> int:
         """Keeps the step's experience for the updates."""
@@ -48,6 +55,10 @@ class ValueWorker:
     def update(self, request: UpdateRequest) -> UpdateInfo:
         """One optimizer step."""
         return self._trainer.update(request)
+
+    def rest(self, needs: Needs) -> RestInfo:
+        """What the coming phase does not need leaves the device."""
+        return rest_engine(self._engine, needs)
 
     def export(self, folder: str) -> None:
         """Writes the value model as a Hugging Face sequence-classification folder."""

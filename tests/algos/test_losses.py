@@ -93,6 +93,16 @@ def test_value_loss_equals_the_scalar_formula(value, old, target):
     assert value_loss(*x, ONES, None).loss_BT.item() == pytest.approx(0.5 * (value - target) ** 2, abs=1e-12)
 
 
+def test_scaling_changes_loss_and_gradient_of_each_token_by_its_weight():
+    new, old, advantages, mask = random_batch(3)
+    new = new.requires_grad_()
+    tokens, weights = policy_loss(new, old, advantages, mask, CLIP), torch.rand_like(old)
+    (plain,) = torch.autograd.grad(tokens.loss_BT.sum(), new, retain_graph=True)
+    scaled = tokens.scaled(weights)
+    assert torch.equal(scaled.loss_BT, weights * tokens.loss_BT) and torch.equal(scaled.clipped_BT, tokens.clipped_BT)
+    torch.testing.assert_close(torch.autograd.grad(scaled.loss_BT.sum(), new)[0], weights * plain)
+
+
 def test_value_clip_stops_a_step_that_went_too_far():
     values = torch.tensor([[1.0]], requires_grad=True)
     tokens = value_loss(values, torch.zeros(1, 1), torch.tensor([[2.0]]), ONES, 0.2)

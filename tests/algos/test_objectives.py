@@ -86,6 +86,21 @@ def test_policy_loss_and_metrics_against_a_loop_over_tokens():
     assert 0 < means["policy/clipfrac_avg"] < 1
 
 
+def test_importance_weights_scale_the_surrogate_of_each_token_and_nothing_else():
+    batch = experience(mask_of(0))
+    out = outputs(batch)
+    config = AlgorithmSection(entropy_coef=0.01)
+    plain, weighted = PolicyObjective(config)(out, batch), PolicyObjective(config, 1.5)(out, batch)
+    mask = batch.response_mask_BT
+    weights = (batch.old_logprobs_BT - batch.rollout_logprobs_BT)[mask].exp().clamp(max=1.5)
+    ratio, advantages = (out["logprobs_BT"] - batch.old_logprobs_BT)[mask].exp(), batch.advantages_BT[mask]
+    surrogate = weights * torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2))
+    torch.testing.assert_close(weighted[0], (surrogate - 0.01 * out["entropy_BT"][mask]).sum())
+    changed = {"loss/policy_avg": pytest.approx(surrogate.mean().item())}
+    assert weighted[1].means() == plain[1].means() | changed, "the ratio is still against the old policy"
+    assert 0 < (weights == 1.5).double().mean() < 1
+
+
 def test_value_loss_and_metrics_against_a_loop_over_tokens():
     batch = experience(mask_of(1))
     out = outputs(batch)
@@ -121,13 +136,13 @@ def test_entropy_is_left_out_of_the_loss_by_default_and_raised_when_asked_for():
     assert torch.equal(torch.autograd.grad(loss, out["entropy_BT"])[0], torch.where(batch.response_mask_BT, -0.5, 0.0).double())
 
 
-@given(st.integers(0, 2**31), st.lists(st.integers(0, 6), max_size=5), st.sampled_from(REDUCTIONS), st.booleans())
-def test_regression_one_gradient_however_the_batch_is_cut(seed, cuts, reduction, policy):
+@given(st.integers(0, 2**31), st.lists(st.integers(0, 6), max_size=5), st.sampled_from(REDUCTIONS), st.booleans(), st.booleans())
+def test_regression_one_gradient_however_the_batch_is_cut(seed, cuts, reduction, policy, weighted):
     """NUMERICS section 7: sums over microbatches (empty ones included) over a global denominator equal the whole batch; metrics too."""
     batch = experience(mask_of(seed), seed)
     out = outputs(batch, seed + 1)
     config = AlgorithmSection(reduction=reduction, entropy_coef=0.01)
-    objective = PolicyObjective(config) if policy else ValueObjective(config)
+    objective = PolicyObjective(config, 2.0 if weighted else None) if policy else ValueObjective(config)
     names = ["logprobs_BT", "entropy_BT"] if policy else ["values_BT"]
     divisor = denominator(batch.valid_tokens_B.tolist(), reduction, 5)
     loss, tally = objective(out, batch)

@@ -27,8 +27,11 @@ def test_relative_paths_start_at_the_base(ppo_values: dict[str, Any], tmp_path: 
         policy={"model": "policy", "deepspeed": "zero2.json"},
         reference={"model": "./reference"},
         reward={"sources": sources},
+        rollout={"ranks": 1, "python": "venv/bin/python"},
+        placement={"launcher": "ray"},
     )
     found = with_absolute_paths(config, tmp_path)
+    assert found.rollout.python == str(tmp_path / "venv/bin/python")
     assert found.run.output_dir == str(tmp_path / "out")
     assert found.data.train == [str(tmp_path / "a.jsonl"), "/b.jsonl"] and found.data.eval == [str(tmp_path / "c.jsonl")]
     assert (found.policy.model, found.policy.deepspeed) == (str(tmp_path / "policy"), str(tmp_path / "zero2.json"))

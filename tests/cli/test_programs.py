@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from rlhf_dist.cli.programs import PROGRAMS, PPOProgram, program_of
+from rlhf_dist.config.errors import UserError
 from rlhf_dist.config.ppo import PPOConfig
 from rlhf_dist.config.stages import STAGES
 
@@ -30,6 +31,16 @@ def test_it_travels_to_the_coordinators_process(ppo_values: dict[str, Any]) -> N
     again = pickle.loads(pickle.dumps(program))
     assert again.config == program.config
     assert again.factory("value").args == ("value", program.config)
+
+
+def test_a_rollout_group_is_started_beside_the_engines_and_its_interpreter_is_checked(ppo_values: dict[str, Any]) -> None:
+    ppo_values["rollout"] |= {"ranks": 1, "python": "/absent/python"}
+    ppo_values["placement"] = {"launcher": "ray"}
+    program = program_of(PPOConfig.model_validate(ppo_values))
+    assert [demand.role for demand in program.demands()] == ["policy", "reference", "value", "reward", "rollout"]
+    assert "rollout" not in program.sections, "the launcher's ranks are those of engines"
+    with pytest.raises(UserError, match="it does not run"):
+        program.check()
 
 
 def test_its_check_is_that_of_the_run(ppo_values: dict[str, Any]) -> None:

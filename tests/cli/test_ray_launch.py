@@ -38,6 +38,30 @@ def test_the_clusters_nodes_are_seen(ray_session: None) -> None:
     assert [node.cpus for node in cluster_nodes()] == [16]
 
 
+@pytest.mark.parametrize(("offload", "order"), [("none", "bbbbffff"), ("idle", "bfbfbfbf")])
+def test_groups_that_share_devices_by_turns_load_by_turns(
+    ppo_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch, offload: str, order: str
+) -> None:
+    seen: list[str] = []
+
+    class Group:
+        def __init__(self, demand: Any, factory: Any, placement: Any) -> None:
+            pass
+
+        def begin_start(self) -> None:
+            seen.append("b")
+
+        def finish_start(self) -> None:
+            seen.append("f")
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(ray_launch, "RayGroup", Group)
+    with ray_launch.ray_groups(PPOProgram(config(ppo_values, placement__offload=offload))) as groups:
+        assert len(groups) == 4 and "".join(seen) == order
+
+
 def test_ctrl_c_names_the_run_folder(ray_session: None, ppo_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt

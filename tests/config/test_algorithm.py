@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from rlhf_dist.config.algorithm import AlgorithmSection, KlSection
+from rlhf_dist.config.algorithm import AlgorithmSection, ImportanceSection, KlSection
 
 
 def test_defaults_follow_the_numerics():
@@ -62,6 +62,18 @@ def test_whitened_rewards_need_token_rewards(estimator):
 def test_ranges(changes):
     with pytest.raises(ValidationError, match=next(iter(changes))):
         AlgorithmSection(**changes)
+
+
+def test_a_correction_needs_the_trainers_own_old_log_probs():
+    with pytest.raises(ValidationError, match="set old_logprobs: recompute"):
+        AlgorithmSection(importance={"correction": "truncated"}, old_logprobs="sampler")
+    assert AlgorithmSection(importance={"correction": "none"}, old_logprobs="sampler").importance.cap == 2.0
+
+
+@pytest.mark.parametrize("changes", [{"cap": 0.9}, {"correction": "clipped"}])
+def test_ranges_of_the_importance_section(changes):
+    with pytest.raises(ValidationError, match=next(iter(changes))):
+        ImportanceSection(**changes)
 
 
 @pytest.mark.parametrize("changes", [{"coef": -1}, {"target": 0}, {"horizon": 0}])

@@ -37,6 +37,16 @@ def test_ranges(changes):
         EngineSection(**changes)
 
 
+def test_any_engine_may_pack_and_none_does_unasked():
+    sections = [
+        PolicySection(model="m", packing=True),
+        ValueSection(packing=True),
+        ReferenceSection(packing=True),
+        EngineSection(packing=True),
+    ]
+    assert all(section.packing for section in sections) and not EngineSection().packing
+
+
 def test_lora_targets_are_names_or_all_linear():
     assert LoraSection(target_modules=["q_proj"]).target_modules == ["q_proj"]
     assert LoraSection().target_modules == "all-linear"

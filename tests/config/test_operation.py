@@ -3,11 +3,12 @@
 import pytest
 from pydantic import ValidationError
 
-from rlhf_dist.config.operation import CheckpointSection, EvaluationSection, PlacementSection
+from rlhf_dist.config.operation import CheckpointSection, EvaluationSection, PlacementSection, PPOPlacementSection
 
 
 def test_defaults():
     assert PlacementSection().launcher == "ray" and PlacementSection().threads_per_rank == 1
+    assert PPOPlacementSection().offload == "none"
     assert EvaluationSection().samples_per_prompt == 1 and EvaluationSection().max_prompts is None
     assert CheckpointSection().every == 0
 
@@ -20,6 +21,8 @@ def test_defaults():
         (PlacementSection, {"start_timeout_s": 0}),
         (PlacementSection, {"call_timeout_s": -1}),
         (PlacementSection, {"threads_per_rank": 0}),
+        (PlacementSection, {"offload": "idle"}),  # of PPO alone: the other stages have one engine, which is never idle
+        (PPOPlacementSection, {"offload": "always"}),
         (EvaluationSection, {"every": -1}),
         (EvaluationSection, {"samples_per_prompt": 0}),
         (EvaluationSection, {"max_prompts": 0}),

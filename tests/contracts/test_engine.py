@@ -27,6 +27,7 @@ class ScaleEngine:
 
     def __init__(self):
         self.w = torch.nn.Parameter(torch.zeros(()))
+        self.module = torch.nn.ParameterList([self.w])
 
     def forward(self, microbatches):
         with torch.no_grad():
@@ -46,7 +47,7 @@ class ScaleEngine:
         self.w.grad = None
         return StepInfo(grad_norm=norm, lr=0.1)
 
-    def export_weights(self, merged: bool = True):
+    def export_weights(self, merged: bool = True, bucket_bytes: int = 2**20):
         yield {"w": self.w.data.clone()}
 
     def save(self, folder):

@@ -15,7 +15,7 @@ from rlhf_dist.contracts.group import Stored
 from rlhf_dist.contracts.tally import Tally
 
 RECORDS = [kind for _, kind in inspect.getmembers(roles, dataclasses.is_dataclass) if kind.__module__ == roles.__name__]
-ROLES = [roles.PolicyRole, roles.ScoringRole, roles.TrainedRole, roles.RewardRole]
+ROLES = [roles.PolicyRole, roles.ScoringRole, roles.TrainedRole, roles.RewardRole, roles.SamplingRole, roles.RolloutRole]
 
 
 def mentioned(annotation):
@@ -54,6 +54,7 @@ def test_only_the_stored_part_of_an_answer_may_hold_tensors(role):
 def test_the_policy_can_do_what_scoring_and_trained_roles_can():
     assert public(roles.PolicyRole) >= public(roles.ScoringRole) | public(roles.TrainedRole)
     assert {"generate", "estimate", "sync_weights"} <= public(roles.PolicyRole)
+    assert public(roles.PolicyRole) & public(roles.RolloutRole) == {"generate", "place"}
 
 
 def test_every_role_method_says_what_it_does():

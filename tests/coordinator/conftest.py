@@ -32,10 +32,12 @@ class LocalGroup:
         self.name, self.world_size, self.workers = name, len(workers), workers
         self.calls: list[tuple[str, int, tuple[Any, ...]]] = [] if calls is None else calls
 
-    def submit(self, method: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[LocalHandle]:
+    def submit(self, method: Callable[..., Any], arguments: Sequence[tuple[Any, ...] | None]) -> list[LocalHandle]:
         assert len(arguments) == self.world_size
         handles = []
         for rank, (worker, given) in enumerate(zip(self.workers, arguments, strict=True)):
+            if given is None:
+                continue
             self.calls.append((f"{self.name}.{method.__name__}", rank, given))
             answer = getattr(worker, method.__name__)(*_delivered(given))
             handles.append(LocalHandle(answer.payload, answer.info) if isinstance(answer, Stored) else LocalHandle(None, answer))

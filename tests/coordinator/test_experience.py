@@ -3,6 +3,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
+
 from rlhf_dist.contracts.group import Stored
 from rlhf_dist.contracts.moments import Moments, merged_moments
 from rlhf_dist.contracts.roles import EstimateRequest, ExperienceInfo
@@ -60,6 +62,23 @@ def test_each_shard_goes_to_the_rank_that_sampled_it(local_group: Any, sampled_s
     request = policy.workers[1].requests[1]
     assert (request.kl_coef, request.baseline, request.reward_moments) == (0.1, 0.5, None)
     assert request.raw == {"r": (5.0, 6.0, 7.0)}
+
+
+@pytest.mark.parametrize(("ranks", "runs"), [(2, [[0], [1, 2]]), (3, [[0], [1], [2]]), (4, [[], [0], [1], [2]])])
+def test_a_number_of_shards_that_is_no_multiple_of_the_ranks_is_shared_out(
+    ranks: int, runs: list[list[int]], local_group: Any, sampled_shard: Callable[..., Shard]
+) -> None:
+    """A rollout group of three cuts the step in three, whatever the policy has; some policy ranks then have no part in a call."""
+    policy = local_group("policy", [Policy(rank) for rank in range(ranks)])
+    shards, judged = scored(sampled_shard, [1, 1, 1])
+    experience = estimate(policy, shards, judged, Coefficients(0.1, 0.0), whiten_rewards=True)
+    assert [
+        [request.scores[0] for request in worker.requests[: len(run)]] for worker, run in zip(policy.workers, runs, strict=True)
+    ] == runs
+    assert all(len(worker.requests) == 2 * len(run) for worker, run in zip(policy.workers, runs, strict=True)), "a pass, and one more"
+    owners = [rank for rank, run in enumerate(runs) for _ in run]
+    assert [handle.payload[0] for handle in experience.handles] == owners
+    assert experience.valid_tokens == (10, 11, 12)
 
 
 def test_rows_come_back_in_order_without_those_dropped(local_group: Any, sampled_shard: Callable[..., Shard]) -> None:

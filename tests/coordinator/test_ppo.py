@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.config.loading import dump_config, load_config
 from rlhf_dist.config.ppo import PPOConfig
+from rlhf_dist.contracts.weights import SyncInfo
 from rlhf_dist.coordinator.ppo import FILTERED, PPOCoordinator
 from rlhf_dist.coordinator.shards import Groups
 from rlhf_dist.runs.checkpoints import CheckpointStore
@@ -28,11 +29,12 @@ from rlhf_dist.runs.state import RunState
 from rlhf_dist.runs.summary import config_hash
 
 Values = dict[str, Any]
-TIMED = ("perf/", "time", "coordinator/")
+TIMED = ("perf/", "time", "coordinator/", "weight_sync/seconds")
 ECOSYSTEM = {
     "objective/kl", "objective/entropy", "objective/non_score_reward", "objective/rlhf_reward", "objective/scores", "objective/kl_coef",
     "policy/approxkl_avg", "policy/clipfrac_avg", "policy/entropy_avg", "policy/grad_norm", "loss/policy_avg", "loss/value_avg",
     "val/clipfrac_avg", "val/ratio", "val/response_length", "val/rollout_logprob_gap", "rewards/even", "lr/policy", "lr/value", "episode",
+    "rollout/staleness", "val/behaviour_kl", "perf/generate_worked_seconds",
     "perf/tokens_per_second", "perf/generate_tokens_per_second", "perf/train_seconds", "coordinator/bytes_per_sample",
 }  # fmt: skip
 
@@ -242,7 +244,7 @@ def test_how_it_is_cut_changes_nothing(base: Path, run: Callable[..., Path]) -> 
         reference={"microbatch_tokens": 33},
     )
     assert texts(cut, 3) == texts(base, 3)
-    speed = ("rollout/rows_per_step", "preflight/")
+    speed = ("rollout/rows_per_step", "preflight/", "weight_sync/checksum")  # the last is of every bit
     for ours, theirs in zip(numbers(cut), numbers(base), strict=True):
         assert ours.keys() == theirs.keys()
         for name in theirs:
@@ -415,12 +417,12 @@ def test_the_value_model_warms_up_alone(run: Callable[..., Path], tiny_model: Pa
     root = run(value={"warmup_steps": 1, "optim": {"lr": 1e-2}}, checkpoint={"every": 1})
     first, second = numbers(root)[1:]
     assert "lr/policy" not in first and "lr/policy" in second
-    assert (first["policy/version"], second["policy/version"]) == (0, 1)
+    assert (first["policy/version"], second["policy/version"]) == (1, 2), "a version is a step, whether the policy moved in it or not"
     after_one = root / "checkpoints" / "step_000001"
     assert not moved(weights(tiny_model), weights(after_one / "policy"))
     assert weights(after_one / "value", AutoModelForSequenceClassification)["score.weight"].abs().sum() > 0
     assert moved(weights(tiny_model), weights(root / "export" / "policy"))
-    assert {row["policy_version"] for row in samples(root, 2)} == {0}
+    assert {row["policy_version"] for row in samples(root, 2)} == {1}
 
 
 def value_loss(rows: list[Values], *, bootstrap: bool) -> float:
@@ -567,8 +569,8 @@ class Broken:
     def describe(self) -> Values:
         return {"held_out_prompts": 0}
 
-    def sync_weights(self, version: int) -> int:
-        return 17 + self.rank
+    def sync_weights(self, version: int) -> SyncInfo:
+        return SyncInfo(17 + self.rank)
 
 
 def test_ranks_that_drift_apart_stop_the_run(local_group: Any, ppo_values: Values) -> None:

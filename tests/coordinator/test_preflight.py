@@ -57,7 +57,7 @@ def perturbed(model: torch.nn.Module) -> Iterator[None]:
 
 
 def test_a_sampler_with_other_weights_is_named(config: PPOConfig, groups: Groups, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = groups.policy._worker._sampler._engine  # type: ignore[attr-defined]
+    engine = groups.policy._worker._sampler._sampler._engine  # type: ignore[attr-defined]
     monkeypatch.setattr(engine, "_model", copy.deepcopy(engine._model))
     with perturbed(engine._model), pytest.raises(UserError, match=r"sampler and trainer disagree: mean .* in fp32") as error:
         preflight(config, groups, 0)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -9,7 +10,19 @@ from hypothesis import strategies as st
 from rlhf_dist.contracts.group import Stored
 from rlhf_dist.contracts.reward import RewardResult
 from rlhf_dist.contracts.roles import GenerateRequest, PieceInfo, RolloutInfo, ScoreInfo
-from rlhf_dist.coordinator.shards import Batch, Groups, Shard, collect_rollouts, collect_scores, cut_prompts, generate, score
+from rlhf_dist.coordinator.shards import (
+    Batch,
+    Groups,
+    Shard,
+    collect_rollouts,
+    collect_scores,
+    cut_prompts,
+    generate,
+    sampling_seconds,
+    score,
+    score_frozen,
+    score_trained,
+)
 
 
 class Worker:
@@ -71,8 +84,8 @@ def test_all_engines_score_and_the_policy_comes_last(local_group: Any) -> None:
     shards = generate(groups.policy, Batch("train", 0, 0, 4, 1), 0, 1)
     del calls[:]
     score(groups, shards, with_value=True)
-    one = ["reference.score", "value.score", "reward.judge"]
-    assert [name for name, rank, _ in calls if rank == 0] == [*one, *one, "policy.score", "policy.score"]
+    order = ["reference.score", "reward.judge", "value.score", "policy.score"]
+    assert [name for name, rank, _ in calls if rank == 0] == [name for name in order for _ in shards]
     for shard in shards:
         assert [given for _, _, given in calls].count((shard.rollouts,)) == 8  # 4 engines × 2 ranks, each with the handle, no tensor
         assert [piece.payload[1] for piece in shard.pieces] == [0, 1] * 3
@@ -89,6 +102,29 @@ def test_engines_that_are_absent_are_not_asked(local_group: Any, present: str, e
     score(groups, shards, with_value=True)
     assert {name.split(".")[0] for name, _, _ in calls} == expected
     assert ("policy.reference_score" in {name for name, _, _ in calls}) == (present == "value")
+
+
+@pytest.mark.parametrize("reference", [True, False])
+def test_what_learns_is_asked_apart_from_what_stays(local_group: Any, reference: bool) -> None:
+    """A policy with an adapter is its own reference: asked for that too early, it would wait for samples instead of training."""
+    groups, calls = groups_of(local_group, reference=reference)
+    shards = generate(groups.policy, Batch("train", 0, 0, 2, 1), 0, 1)
+    del calls[:]
+    score_frozen(groups, shards)
+    assert {name for name, _, _ in calls} == ({"reference.score", "reward.judge"} if reference else {"reward.judge"})
+    del calls[:]
+    score_trained(groups, shards)
+    assert {name for name, _, _ in calls} == {"value.score", "policy.score"} | (set() if reference else {"policy.reference_score"})
+    del calls[:]
+    score_trained(groups, shards, with_policy=False)
+    assert "policy.score" not in {name for name, _, _ in calls}
+
+
+def test_sampling_took_as_long_as_the_slowest_rank(sampled_shard: Any) -> None:
+    shards = [sampled_shard([1]) for _ in range(6)]
+    for shard, seconds in zip(shards, (1.0, 2.0, 3.0, 0.5, 4.0, 5.0), strict=True):
+        shard.info = dataclasses.replace(shard.info, seconds=seconds)
+    assert sampling_seconds(shards, 2) == 9.5 and sampling_seconds(shards, 6) == 5.0
 
 
 def test_an_evaluation_needs_no_values(local_group: Any) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 
 from rlhf_dist.config.ppo import PPOConfig
 from rlhf_dist.contracts.engine import StepInfo
+from rlhf_dist.contracts.flops import FlopModel
 from rlhf_dist.contracts.moments import Moments
 from rlhf_dist.contracts.roles import UpdateInfo, UpdateRequest
 from rlhf_dist.contracts.tally import Tally
@@ -26,6 +28,10 @@ class Trained:
         self.name, self.skipped = name, skipped
         self.loaded: list[Any] = []
         self.requests: list[UpdateRequest] = []
+
+    def costs(self) -> FlopModel:
+        """The value model's attention is dear."""
+        return FlopModel(2.0, 0.0) if self.name == "policy" else FlopModel(2.0, 2.0)
 
     def load_experience(self, shards: Sequence[Any], advantages: Moments) -> int:
         self.loaded.append((tuple(shards), advantages))
@@ -64,11 +70,14 @@ def rows_of(requests: Sequence[UpdateRequest]) -> list[int]:
 def test_policy_and_value_take_the_scheduled_minibatches_side_by_side(local_group: Any, ppo_values: dict[str, Any]) -> None:
     update, groups, calls = updater(local_group, ppo_values, ranks=2)
     report = update.update(4, experience())
-    assert [name for name, rank, _ in calls if rank == 0] == ["policy.load_experience", "value.load_experience"] + [
-        "policy.update",
-        "value.update",
-    ] * 6
-    plan = [rows for epoch in minibatch_rows(8, 3, 2, seed=3, step=4) for rows in epoch]
+    update.update(5, experience())
+    asked = [name for name, rank, _ in calls if rank == 0]
+    once = ["policy.costs", "value.costs"]
+    assert [name for name in asked if name in once] == once
+    assert [name for name in asked if name not in once] == 2 * (
+        ["policy.load_experience", "value.load_experience"] + ["policy.update", "value.update"] * 6
+    )
+    plan = [rows for step in (4, 5) for epoch in minibatch_rows(8, 3, 2, seed=3, step=step) for rows in epoch]
     for group in (groups.policy, groups.value):
         requests = [worker.requests for worker in group.workers]  # type: ignore[union-attr, attr-defined]
         for number, rows in enumerate(plan):
@@ -149,14 +158,23 @@ def test_fewer_rows_than_minibatches_after_drops(local_group: Any, ppo_values: d
     assert rows_of(groups.policy.workers[0].requests) == [0, 1, 2]  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("packing", [False, True])
-def test_the_policys_budget_counts_no_padding_where_its_rows_are_packed(
-    packing: bool, local_group: Any, ppo_values: dict[str, Any]
-) -> None:
-    """Eight rows of 44 tokens, 72 when padded; the value model always pads."""
-    values = ppo_values | {"policy": ppo_values["policy"] | {"packing": packing, "microbatch_tokens": 44}}
-    values["value"] = ppo_values["value"] | {"microbatch_tokens": 44}
+@pytest.mark.parametrize("packed", ["policy", "value"])
+def test_a_budget_counts_no_padding_where_rows_are_packed(packed: str, local_group: Any, ppo_values: dict[str, Any]) -> None:
+    """Eight rows of 44 tokens, 72 when padded."""
+    values = ppo_values | {name: ppo_values[name] | {"packing": name == packed, "microbatch_tokens": 44} for name in ("policy", "value")}
     update, groups, _ = updater(local_group, values, epochs=1, minibatches=1)
     update.update(0, experience())
     counts = {group.name: [len(request.microbatches) for request in group.workers[0].requests] for group in groups.trained()}  # type: ignore[attr-defined]
-    assert counts == {"policy": [1 if packing else 2], "value": [2]}
+    assert counts == {name: [1 if name == packed else 2] for name in ("policy", "value")}
+
+
+def test_each_models_ranks_get_like_work_by_its_own_costs(local_group: Any, ppo_values: dict[str, Any]) -> None:
+    """The policy's in tokens; the value model's attention costs s² beside s."""
+    lengths = (12, 8, 5, 3, 9, 2, 8, 8)
+    update, groups, _ = updater(local_group, ppo_values, ranks=2, epochs=1, minibatches=1)
+    update.update(0, dataclasses.replace(experience(), lengths=lengths))
+    work = {}
+    for group in groups.trained():
+        shares = [[lengths[row] for row in rows_of(worker.requests)] for worker in group.workers]  # type: ignore[attr-defined]
+        work[group.name] = sorted(sum(s + (s * s if group.name == "value" else 0) for s in share) for share in shares)
+    assert work == {"policy": [27, 28], "value": [252, 258]}  # shared out by tokens, the value model's would be 210 and 300

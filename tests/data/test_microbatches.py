@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_dist.data.microbatches import START_TOKENS, token_budget_cuts
+from rlhf_dist.contracts.flops import FlopModel
+from rlhf_dist.data.microbatches import START_TOKENS, Cost, token_budget_cuts
 
+DEAR = FlopModel(2.0, 0.05).in_tokens
 LENGTHS = st.lists(st.integers(0, 60), max_size=40)
 
 
@@ -27,19 +29,19 @@ def test_rows_come_longest_first(lengths: list[int], budget: int) -> None:
     assert order == sorted(lengths, reverse=True)
 
 
-def cost(sizes: list[int], falling: list[int], budget: int) -> float:
-    """Padded tokens and starts of a cut of rows that stand longest first; infinite where one exceeds the budget."""
+def cost(sizes: list[int], falling: list[int], budget: int, row: Cost = float) -> float:
+    """Padded rows and starts of a cut of rows that stand longest first; infinite where one exceeds the budget."""
     total, begin = 0, 0
     for size in sizes:
         tokens = size * falling[begin]
         if size > 1 and tokens > budget:
             return float("inf")
-        total, begin = total + tokens + START_TOKENS, begin + size
+        total, begin = total + size * row(falling[begin]) + START_TOKENS, begin + size
     return total
 
 
-@given(st.lists(st.integers(0, 600), min_size=1, max_size=8), st.integers(1, 2000))
-def test_no_other_cut_costs_less(lengths: list[int], budget: int) -> None:
+@given(st.lists(st.integers(0, 600), min_size=1, max_size=8), st.integers(1, 2000), st.sampled_from([float, DEAR]))
+def test_no_other_cut_costs_less(lengths: list[int], budget: int, row: Cost) -> None:
     falling = sorted(lengths, reverse=True)
     every = [[]] if not falling else []
     for joints in itertools.product([False, True], repeat=len(falling) - 1):
@@ -50,8 +52,16 @@ def test_no_other_cut_costs_less(lengths: list[int], budget: int) -> None:
             else:
                 sizes.append(1)
         every.append(sizes)
-    least = min(cost(sizes, falling, budget) for sizes in every)
-    assert cost([len(cut) for cut in token_budget_cuts(lengths, budget)], falling, budget) == least
+    least = min(cost(sizes, falling, budget, row) for sizes in every)
+    found = cost([len(cut) for cut in token_budget_cuts(lengths, budget, cost=row)], falling, budget, row)
+    assert found == pytest.approx(least, rel=1e-12)
+
+
+def test_where_attention_is_dear_padding_is_cut_finer() -> None:
+    lengths = [600, 500, 600, 500]
+    assert [len(cut) for cut in token_budget_cuts(lengths, 10**6)] == [2, 2]
+    assert [len(cut) for cut in token_budget_cuts([600, 540, 600, 540], 10**6)] == [4]
+    assert [len(cut) for cut in token_budget_cuts([600, 540, 600, 540], 10**6, cost=DEAR)] == [2, 2]
 
 
 def test_ragged_rows_are_not_padded_to_the_longest() -> None:

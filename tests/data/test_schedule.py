@@ -6,8 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rlhf_dist.contracts.flops import FlopModel
+from rlhf_dist.data.microbatches import Cost
 from rlhf_dist.data.schedule import assign, balance, minibatch_rows
 
+DEAR, LINEAR = FlopModel(2.0, 0.1).in_tokens, FlopModel(3.0, 0.0, 5.0).in_tokens
 lengths_of_rows = st.lists(st.integers(1, 200), min_size=1, max_size=40)
 
 
@@ -54,7 +57,7 @@ def test_each_row_goes_to_one_rank_and_one_microbatch_and_all_ranks_make_as_many
     lengths: list[int], ranks: int, budget: int, data: st.DataObject
 ) -> None:
     rows = data.draw(st.lists(st.sampled_from(range(len(lengths))), unique=True, min_size=1))
-    shares = assign(rows, lengths, ranks, budget)
+    shares = assign(rows, lengths, ranks, budget, cost=data.draw(st.sampled_from([float, DEAR, LINEAR])))
     assert len(shares) == ranks
     assert len({len(share) for share in shares}) == 1
     assert sorted(row for share in shares for microbatch in share for row in microbatch) == sorted(rows)
@@ -80,14 +83,26 @@ def test_fewer_rows_than_ranks_leaves_empty_microbatches() -> None:
     assert assign([4, 2], [1, 1, 7, 1, 9], ranks=4, budget=100) == [((4,),), ((2,),), ((),), ((),)]
 
 
-@given(lengths=lengths_of_rows, ranks=st.integers(1, 9))
-def test_loads_differ_by_no_more_than_the_longest_row(lengths: list[int], ranks: int) -> None:
-    shares = balance(range(len(lengths)), lengths, ranks)
-    loads = [sum(lengths[row] for row in share) for share in shares]
+@given(lengths=lengths_of_rows, ranks=st.integers(1, 9), cost=st.sampled_from([float, DEAR, LINEAR]))
+def test_loads_differ_by_no_more_than_the_heaviest_row(lengths: list[int], ranks: int, cost: Cost) -> None:
+    each = [cost(length) for length in lengths]
+    shares = balance(range(len(lengths)), each, ranks)
+    loads = [sum(each[row] for row in share) for share in shares]
     assert sorted(row for share in shares for row in share) == list(range(len(lengths)))
-    assert max(loads) - min(loads) <= max(lengths)
-    assert loads == sorted(loads, reverse=True)
-    assert shares == balance(range(len(lengths)), lengths, ranks)
+    assert max(loads) - min(loads) <= max(each) * (1 + 1e-9)
+    assert all(one >= other * (1 - 1e-9) for one, other in itertools.pairwise(loads)), "the heaviest share first"
+    assert shares == balance(range(len(lengths)), each, ranks)
+
+
+def test_even_tokens_are_not_even_work() -> None:
+    """Where attention is half of the work at 1024 tokens, even numbers of tokens leave one rank 1.8 times the work of the other."""
+    lengths, dear = [3072] + [1024] * 4 + [512] * 4, FlopModel(2.0, 2.0 / 1024).in_tokens
+
+    def work(cost: Cost) -> list[float]:
+        shares = assign(range(9), lengths, 2, 10**6, cost=cost)
+        return sorted(sum(dear(lengths[row]) for cut in share for row in cut) for share in shares)
+
+    assert work(float) == [8448, 15104] and work(dear) == [11264, 12288]
 
 
 def test_differencing_beats_longest_first() -> None:

@@ -63,7 +63,7 @@ def assert_same_metrics(one: Path, other: Path, tolerance: float) -> None:
     first, second = read_metrics(one / "metrics.jsonl"), read_metrics(other / "metrics.jsonl")
     assert len(first) == len(second) == STEPS + 1
     for a, b in zip(first, second, strict=True):
-        names = {name for name in a if not name.startswith(("perf/", "preflight/", "coordinator/")) and name != "time"}
+        names = {name for name in a if not name.startswith(("perf/", "preflight/", "coordinator/", "weight_sync/")) and name != "time"}
         assert names <= set(b) and (a["step"] == 0 or {"objective/kl", "loss/value_avg", "policy/grad_norm"} <= names)
         for name in names:
             assert math.isclose(a[name], b[name], rel_tol=tolerance, abs_tol=tolerance), (

@@ -19,8 +19,8 @@ from rlhf_dist.config.optim import OptimSection
 from rlhf_dist.contracts.engine import Outputs
 from rlhf_dist.contracts.experience import SequenceBatch
 from rlhf_dist.contracts.tally import Tally
-from rlhf_dist.engines import deepspeed as module_under_test
 from rlhf_dist.engines.deepspeed import DeepSpeedEngine, Training
+from rlhf_dist.engines.offload import weight_storages
 from rlhf_dist.engines.process import Rank
 from rlhf_dist.models.logprobs import HeadOptions
 from rlhf_dist.models.lora import add_adapter, named_weights
@@ -71,9 +71,10 @@ def engine_of(plain_rank: Rank, tmp_path: Path) -> Iterator[Callable[..., DeepSp
         optim: OptimSection | None = None,
         dtype: str = "fp32",
         head: HeadOptions | None = None,
+        **zero: Any,
     ) -> DeepSpeedEngine:
         path = tmp_path / f"zero{stage}.json"
-        path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+        path.write_text(json.dumps({"zero_optimization": {"stage": stage} | zero}))
         clip = optim.clip_norm if optim else 0.0
         config = resolve_deepspeed(str(path), dtype=dtype, clip_norm=clip, trains=optim is not None)  # type: ignore[arg-type]
         training = Training(optim, total_steps=5) if optim else None
@@ -265,12 +266,11 @@ def test_an_engine_without_training_settings_says_so(stage: int, engine_of, tmp_
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("stage", STAGES)
-def test_an_export_is_the_models_state_in_bounded_buckets(stage: int, tied: bool, engine_of, monkeypatch) -> None:
-    monkeypatch.setattr(module_under_test, "BUCKET_BYTES", 1500)
+def test_an_export_is_the_models_state_in_bounded_buckets(stage: int, tied: bool, engine_of) -> None:
     model = llama(tie_word_embeddings=tied)
     model.register_buffer("scale", torch.tensor([2.0]))
     want = {name: weight.clone() for name, weight in model.state_dict().items() if not (tied and name == "lm_head.weight")}
-    buckets = list(engine_of(stage, model, AS_IF_SGD).export_weights())
+    buckets = list(engine_of(stage, model, AS_IF_SGD).export_weights(bucket_bytes=1500))
     got = {name: weight for bucket in buckets for name, weight in bucket.items()}
     assert sum(map(len, buckets)) == len(got) and set(got) == set(want)
     assert all(torch.equal(got[name], want[name]) for name in want)
@@ -388,3 +388,38 @@ def test_a_checkpoint_of_adapters_holds_them_alone_and_goes_on(stage: int, bits:
     assert saved["module"] and all(".lora_" in name for name in saved["module"])
     with pytest.raises(UserError, match="trains other weights"):
         engine_of(stage, add_adapter(held_in(bits), LoraSection(r=2, target_modules=["q_proj"]), 1), optim).load(tmp_path / "checkpoint")
+
+
+# --- rest -------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_engine_that_rested_goes_on_bit_for_bit(stage: int, dtype: str, engine_of) -> None:
+    """Two engines take the same steps; one rests wherever it may."""
+    optim, half = OptimSection(lr=1e-2), torch.float32 if dtype == "fp32" else torch.bfloat16
+    steady, resting = (engine_of(stage, llama().to(half), optim, dtype) for _ in range(2))
+    seen = []
+    for engine in (steady, resting):
+        trace = []
+        for _ in range(3):
+            engine.forward_backward([batch()], objective, DENOMINATOR)
+            trace.append(engine.optimizer_step().grad_norm)
+            if engine is resting:
+                parameters = sum(p.numel() if stage < 3 else p.ds_tensor.numel() for p in engine.module.parameters())
+                moments = engine.rest()
+                assert moments >= 0.95 * 2 * parameters * 4, "both moments of AdamW at least; the smallest tensors stay"
+                assert engine.rest(weights=True) >= moments + 0.95 * parameters * half.itemsize
+                assert all(storage.nbytes() < 1024 for storage in weight_storages(engine.module).values())
+            trace.append(engine.forward([batch()])[0]["logprobs_BT"])
+        seen.append((trace, exported(engine)))
+    (one, weights), (other, same) = seen
+    assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(one, other, strict=True))
+    assert all(torch.equal(weights[name], same[name]) for name in weights)
+
+
+def test_an_engine_that_only_runs_forward_rests_too(engine_of) -> None:
+    engine = engine_of(0)
+    before = engine.forward([batch()])[0]["logprobs_BT"]
+    assert engine.rest() == 0 and engine.rest(weights=True) > 0
+    assert torch.equal(engine.forward([batch()])[0]["logprobs_BT"], before)

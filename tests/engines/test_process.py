@@ -14,6 +14,7 @@ from rlhf_dist.engines.process import (
     free_port,
     launched_world_size,
     quiet_deepspeed,
+    rank_alone,
     start_process_group,
     stop_process_group,
 )
@@ -65,6 +66,14 @@ def test_after_leaving_a_process_can_join_and_train_again(plain_rank: Rank) -> N
         stop_process_group()
         start_process_group(0, 1, 0, "127.0.0.1", free_port())
     assert train_once(2) == pytest.approx(2.0)
+
+
+def test_a_rank_that_stands_alone_joins_nothing(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    before = torch.distributed.is_initialized()
+    assert rank_alone(1, 3) == Rank(1, 3, 0, "cpu") and torch.distributed.is_initialized() == before
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert rank_alone(1, 3).device == "cuda:0", "Ray shows a process its own GPUs alone"
 
 
 def test_leaving_without_a_group_leaves_the_launchers_variables(plain_rank: Rank, monkeypatch) -> None:

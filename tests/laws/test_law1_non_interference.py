@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
 from rlhf_dist.algos.advantages import broadcast_to_tokens, gae
 from rlhf_dist.algos.dpo_objective import DPOObjective
@@ -23,9 +24,12 @@ from rlhf_dist.algos.whitening import masked_moments, whiten
 from rlhf_dist.config.algorithm import AlgorithmSection
 from rlhf_dist.config.dpo import DPOSection
 from rlhf_dist.contracts.demonstrations import DemonstrationBatch
-from rlhf_dist.contracts.experience import ExperienceBatch
+from rlhf_dist.contracts.experience import ExperienceBatch, SequenceBatch
 from rlhf_dist.contracts.pairs import PairBatch
 from rlhf_dist.contracts.preferences import PreferenceBatch
+from rlhf_dist.models.policy import PolicyModule
+from rlhf_dist.models.reward_model import RewardModelModule
+from rlhf_dist.models.value import ValueModule
 
 POISONS = [1e6, float("nan"), float("inf"), float("-inf"), -1e30]
 ROWS, WIDTH, FIELDS = 5, 7, 6
@@ -75,9 +79,9 @@ def _with_metrics(loss: Tensor, metrics: dict[str, float]) -> Tensor:
     return torch.cat([loss.double().view(1), torch.tensor([metrics[name] for name in sorted(metrics)], dtype=torch.float64)])
 
 
-def _policy(config: AlgorithmSection) -> Case:
+def _policy(config: AlgorithmSection, importance_cap: float | None = None) -> Case:
     def case(x: list[Tensor], mask: Tensor) -> Tensor:
-        loss, tally = PolicyObjective(config)({"logprobs_BT": x[4], "entropy_BT": x[5]}, experience(x, mask))
+        loss, tally = PolicyObjective(config, importance_cap)({"logprobs_BT": x[4], "entropy_BT": x[5]}, experience(x, mask))
         return _with_metrics(loss, tally.means())
 
     return case
@@ -159,6 +163,7 @@ CASES: dict[str, Case] = {
     "policy_objective": _policy(AlgorithmSection(entropy_coef=0.01)),
     "policy_objective_sequence_mean": _policy(AlgorithmSection(reduction="sequence_mean", dual_clip=3.0)),
     "policy_objective_fixed": _policy(AlgorithmSection(reduction="fixed", entropy_coef=0.1)),
+    "policy_objective_weighted": _policy(AlgorithmSection(dual_clip=3.0), importance_cap=1.5),
     "value_objective": _value(AlgorithmSection()),
     "value_objective_sequence_mean": _value(AlgorithmSection(reduction="sequence_mean", value_clip=None)),
     "chain": _chain,
@@ -216,6 +221,55 @@ def test_a_microbatch_of_nothing_but_poison_is_a_zero(kind, poison):
     loss.backward()
     assert loss.item() == 0.0 and torch.equal(fields[4].grad, torch.zeros(2, 3))
     assert tally.means() == {}
+
+
+ROWS_OF_TEXT = [([5, 6], [7, 2, 9]), ([8], [9, 10, 11, 12, 13]), ([14, 15, 16, 17, 18], [2]), ([20], [2]), ([21, 22], [23])]
+Poisoned = Callable[[int], Any]
+
+
+def _sequences(junk: int) -> SequenceBatch:
+    """Prompts padded on the left, responses on the right, one column more than needed."""
+    prompts, responses = ([junk] * (6 - len(p)) + p for p, _ in ROWS_OF_TEXT), (r + [junk] * (6 - len(r)) for _, r in ROWS_OF_TEXT)
+    lengths = torch.tensor([[len(p), len(r)] for p, r in ROWS_OF_TEXT])
+    mask = torch.arange(6) < lengths[:, 1:]
+    return SequenceBatch(torch.tensor(list(prompts)), torch.arange(6) >= 6 - lengths[:, :1], torch.tensor(list(responses)), mask, mask)
+
+
+def _texts(junk: int) -> PreferenceBatch:
+    """The prompts with their responses as texts, in no pair."""
+    rows = [p + r for p, r in ROWS_OF_TEXT]
+    mask = torch.arange(7) < torch.tensor([len(row) for row in rows])[:, None]
+    tokens = torch.tensor([row + [junk] * (7 - len(row)) for row in rows])
+    return PreferenceBatch(tokens, mask, torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2, dtype=torch.bool), *(torch.zeros(0),) * 3)
+
+
+SIZE = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_labels": 1}
+MODULES: dict[str, tuple[Any, Any, Poisoned]] = {
+    "policy": (AutoModelForCausalLM, PolicyModule, _sequences),
+    "value": (AutoModelForSequenceClassification, ValueModule, _sequences),
+    "reward": (AutoModelForSequenceClassification, RewardModelModule, _texts),
+}
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("name", MODULES)
+def test_what_a_model_reads_in_padded_slots_changes_nothing(name, packing):
+    """Outputs, and the gradient in every weight, of the modules that engines hold."""
+    kind, make, batch = MODULES[name]
+    torch.manual_seed(0)
+    module = make(kind.from_config(LlamaConfig(**SIZE, initializer_range=0.5, pad_token_id=0)).eval(), packing=packing)
+    seen = []
+    for junk in (0, 39, 10**9, -1):
+        given = batch(junk)
+        module.zero_grad()
+        outputs = {
+            key: torch.where(given.response_mask_BT, values, 0.0) if key.endswith("_BT") else values
+            for key, values in module(**module.inputs(given)).items()
+        }
+        sum(values.square().sum() for values in outputs.values() if values.requires_grad).backward()
+        seen.append([*outputs.values(), *(p.grad.clone() for p in module.parameters() if p.grad is not None)])
+    assert all(torch.isfinite(x).all() and x.any() for x in seen[0])
+    assert all(torch.equal(mine, theirs) for other in seen[1:] for mine, theirs in zip(seen[0], other, strict=True))
 
 
 def test_the_poison_would_be_seen():

@@ -2,6 +2,8 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    OPTConfig,
+    OPTForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
     T5Config,
@@ -282,10 +286,90 @@ def test_in_half_precision_inputs_have_even_widths_within_the_context(tmp_path: 
     )  # fmt: skip
     module = ClassifierModule(LlamaForSequenceClassification(config).bfloat16().eval())
     for length, wide in ((3, 32), (32, 32), (33, 40)):
-        given = module.inputs(EncodedTexts.from_rows([[5] * length]))
+        given = module.inputs(EncodedTexts.from_rows([[5] * length]))["tokens"]
         assert given["input_ids"].shape == given["attention_mask"].shape == (1, wide) and int(given["attention_mask"].sum()) == length
     one, long = [3, 4, 5], [6] * 30
     with torch.no_grad():
         alone = module(**module.inputs(EncodedTexts.from_rows([one])))["score_B"]
         together = module(**module.inputs(EncodedTexts.from_rows([one, long])))["score_B"]
     assert torch.allclose(alone[0], together[0], atol=1e-3)
+
+
+DECODERS = [name for name in MODELS if name.split(",")[0] in ("llama", "gpt2")]
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_packed_texts_score_as_they_do_alone_in_plain_transformers(name: str) -> None:
+    """Also texts that end in the model's own pad, which its pooling passes over."""
+    module = ClassifierModule(MODELS[name](), packing=True)
+    texts = [*TEXTS, [5, 0, 7, 0], [6, 2, 2]]
+    together = score(module, EncodedTexts.from_rows(texts))
+    assert module.inputs(EncodedTexts.from_rows(texts))["tokens"]["input_ids"].shape == (4, 6), "seven texts in four rows"
+    torch.testing.assert_close(together, alone(module.model, texts), rtol=1e-5, atol=1e-5)
+    clean = EncodedTexts.from_rows(texts)
+    dirty = EncodedTexts(torch.where(clean.mask_BL, clean.tokens_BL, 10**6), clean.mask_BL)
+    assert torch.equal(score(module, dirty), together)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.lists(st.lists(st.integers(0, 39), min_size=1, max_size=9), min_size=1, max_size=8))
+def test_packed_texts_score_as_padded_ones(texts: list[list[int]]) -> None:
+    padded, packed = PADDED_AND_PACKED
+    one, other = (score(module, EncodedTexts.from_rows(texts)) for module in (padded, packed))
+    torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+
+
+PADDED_AND_PACKED = [ClassifierModule(llama(3, pad_token_id=2), 1, "probability", packing=packing) for packing in (False, True)]
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_an_encoder_cannot_be_packed(name: str) -> None:
+    with pytest.raises(UserError, match="cannot be packed: its scores do not come of a layer named `score`") as caught:
+        ClassifierModule(MODELS[name](), packing=True)
+    assert "packing: false" in caught.value.fix
+
+
+@pytest.mark.parametrize("kind", ["mean", "scaled"])
+def test_a_model_with_another_pooling_cannot_be_packed(kind: str) -> None:
+    """One that averages over the text, and one that does more with what its head says."""
+    model = llama()
+
+    def forward(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+        hidden = model.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        mask = attention_mask.unsqueeze(-1)
+        rows = torch.arange(len(input_ids))
+        pooled = (hidden * mask).sum(1) / mask.sum(1) if kind == "mean" else hidden[rows, attention_mask.sum(1) - 1]
+        logits = model.score(pooled)
+        return SimpleNamespace(logits=logits if kind == "mean" else 2 * logits)
+
+    model.forward = forward
+    ClassifierModule(model)
+    with pytest.raises(UserError, match=r"LlamaForSequenceClassification cannot be packed: its scores are .* off in packed rows"):
+        ClassifierModule(model, packing=True)
+
+
+def test_a_leak_between_texts_is_refused() -> None:
+    sizes = {
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "ffn_dim": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "word_embed_proj_dim": 16,
+    }
+    with pytest.raises(UserError, match="OPTForSequenceClassification cannot be packed: sequences in one row see each other"):
+        ClassifierModule(OPTForSequenceClassification(OPTConfig(**sizes, num_labels=1)).eval(), packing=True)
+
+
+def test_the_config_of_an_engine_says_whether_it_packs(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path)
+    assert load_classifier(EngineSection(packing=True), str(tmp_path)).packing
+    assert not load_classifier(EngineSection(), str(tmp_path)).packing
+
+
+def test_a_packed_model_in_half_precision(tmp_path: Path) -> None:
+    model = llama().bfloat16()
+    padded, packed = ClassifierModule(model), ClassifierModule(model, packing=True)
+    texts = EncodedTexts.from_rows(TEXTS)
+    assert packed.inputs(texts)["tokens"]["input_ids"].shape == (1, 32)
+    torch.testing.assert_close(score(packed, texts), score(padded, texts), rtol=5e-2, atol=5e-2)

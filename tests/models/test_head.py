@@ -40,8 +40,8 @@ def test_values_and_gradients_are_those_of_a_whole_softmax(seed: int, rows: int,
         logprobs, entropy = function(hidden)
         (logprobs * weights[0] + entropy * weights[1]).sum().backward()
         found.append([logprobs, entropy, hidden.grad, *(p.grad.clone() for p in head.parameters())])
-    for mine, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(mine.double(), theirs.double(), rtol=1e-5, atol=1e-5)
+    for mine, theirs in zip(*found, strict=True):  # fp32: the last bit of a logit of 20 is 2e-6, and gradients sum many such
+        torch.testing.assert_close(mine.double(), theirs.double(), rtol=1e-4, atol=1e-4)
 
 
 def test_without_a_gradient_of_the_entropy_it_has_none() -> None:

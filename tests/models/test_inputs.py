@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_dist.models.inputs import HALF_PRECISION_STEP, blank_batch, model_inputs, width_step
+from rlhf_dist.models.inputs import HALF_PRECISION_STEP, blank_batch, model_inputs, response_slots, width_step
 
 Rows = list[tuple[list[int], list[int]]]
 
@@ -58,6 +58,21 @@ def test_attended_tokens_that_are_not_trained_on_stay(padded) -> None:
     batch = padded([([1], [3, 4, 5])]).replace(response_mask_BT=torch.tensor([[True, False, True]]))
     inputs, _ = model_inputs(batch)
     assert inputs["input_ids"].tolist() == [[1, 3, 4, 5]]
+
+
+def test_response_slots_are_those_of_the_response_tokens_and_no_others(padded) -> None:
+    batch = padded([([1], [2, 3]), ([4, 5, 6], [7]), ([8, 9], [])], garbage=77)
+    inputs, places_BT = model_inputs(batch)
+    slots_N, numbers_BT = response_slots(batch, inputs, places_BT)
+    assert inputs["input_ids"].flatten()[slots_N].tolist() == [2, 3, 7]
+    assert inputs["input_ids"].flatten()[slots_N - 1].tolist() == [1, 2, 6]
+    assert numbers_BT.tolist() == [[0, 1], [2, 3], [3, 3]]
+
+
+def test_a_response_without_a_prompt_is_refused(padded) -> None:
+    batch = padded([([1, 2], [3]), ([], [4, 5])])
+    with pytest.raises(ValueError, match="without a prompt token"):
+        response_slots(batch, *model_inputs(batch))
 
 
 def test_a_blank_batch_is_a_forward_that_trains_on_nothing() -> None:

@@ -97,12 +97,12 @@ def test_rows_do_not_see_each_other(model_of, padded) -> None:
     assert torch.equal(first, second)
 
 
-def test_the_head_runs_on_no_more_columns_than_responses_need(model_of, padded) -> None:
+def test_the_head_runs_on_response_tokens_alone(model_of, padded) -> None:
     model = model_of("llama")
     module, shapes = PolicyModule(model), []
     model.lm_head.register_forward_hook(lambda _, __, output: shapes.append(tuple(output.shape)))
     module(**module.inputs(padded([([1, 2, 3, 4, 5, 6], [7, 8]), ([9], [10])])))
-    assert shapes == [(2, 3, 40)]
+    assert shapes == [(1, 3, 40)]
 
 
 def test_only_existing_responses_count_where_a_batch_has_none(model_of, padded) -> None:

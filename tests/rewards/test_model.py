@@ -14,6 +14,7 @@ from rlhf_dist.config.engines import EngineSection
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.contracts.experience import ExperienceBatch, StopReason
 from rlhf_dist.models.classifier import ClassifierModule, EncodedTexts, load_classifier
+from rlhf_dist.models.flops import forward_flops
 from rlhf_dist.rewards.model import ModelReward
 from rlhf_dist.rewards.text import RewardEncoder
 
@@ -115,7 +116,21 @@ def test_truncations_are_reported_as_a_share_of_rows() -> None:
     encoder = PlainEncoder()
     encoder.truncated = 2
     _, tally = ModelReward("quality", LocalEngine(MODULE), encoder, 100).score(experience(ROWS), [0, 1, 2, 3])
-    assert tally.means() == {"rewards/quality_truncated": 0.5}
+    assert tally.means()["rewards/quality_truncated"] == 0.5
+
+
+def test_the_speed_is_that_of_the_texts_it_read() -> None:
+    _, tally = ModelReward("r", LocalEngine(MODULE), PlainEncoder(), 9).score(experience(ROWS), [0, 2])
+    costs = forward_flops(MODULE)
+    assert tally.sums["perf/r_score_tflops"] == pytest.approx((costs.forward(4) + costs.forward(4)) / 1e12)
+    assert tally.weights["perf/r_score_tflops"] > 0
+
+
+def test_packed_texts_score_as_they_do_alone_and_the_budget_counts_no_padding() -> None:
+    engine = LocalEngine(ClassifierModule(classifier(), packing=True))
+    result, _ = ModelReward("r", engine, PlainEncoder(), 12).score(experience(ROWS), range(5))
+    assert result.values == pytest.approx(alone(ROWS), abs=1e-5)
+    assert [sum(microbatch.lengths) for microbatch in engine.calls[0]] == [12, 12]
 
 
 def test_a_model_that_gives_nan_stops_the_run() -> None:

@@ -45,6 +45,11 @@ def test_texts_are_tokenised_together_and_end_with_the_stop_token(scorer: Reward
     assert len({round(value, 4) for value in expected}) == 3  # the fixture tells texts apart
 
 
+def test_packed_texts_score_as_padded_ones(scorer: RewardModel, tiny_scorer: Path) -> None:
+    packed = RewardModel.from_config(str(tiny_scorer), ScoringConfig(model=ScoringModelSection(packing=True, microbatch_tokens=16)))
+    assert packed.score(PROMPTS, ANSWERS) == pytest.approx(scorer.score(PROMPTS, ANSWERS), abs=1e-5)
+
+
 @pytest.fixture(params=["pad is eos", "pad is unk", "a pad of its own"])
 def policy(request: Any, pad_is_eos: Any, tiny_model: Path, tmp_path: Path) -> Path:
     """What a reward model starts from."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 import transformers as hf
 
-from rlhf_dist.rollout import decoder as decoder_module
+from rlhf_dist.rollout import prefill
 from rlhf_dist.rollout.decoder import SlotDecoder
 from rlhf_dist.rollout.native import NativeEngine, RolloutRow, SamplingKey
 from rlhf_dist.rollout.sampling import SamplingParams
@@ -66,9 +67,9 @@ def plain(model: Any, tokens: tuple[int, ...]) -> torch.Tensor:
 
 
 def test_rows_come_and_go(llama: Any, prompts: list[tuple[int, ...]]) -> None:
-    decoder = SlotDecoder(llama, read_traits(llama), slots=5, max_len=48)
     sequences = [list(prompt) for prompt in prompts[:4]]
     with decoding(llama):
+        decoder = SlotDecoder(llama, read_traits(llama), slots=5, max_len=48)
         decoder.admit(prompts[:4], [100, 200, 300, 400])
         for step in range(6):
             logits = decoder.step()
@@ -89,8 +90,8 @@ def test_rows_come_and_go(llama: Any, prompts: list[tuple[int, ...]]) -> None:
 
 
 def test_the_running_index_follows_its_row(llama: Any, prompts: list[tuple[int, ...]]) -> None:
-    decoder = SlotDecoder(llama, read_traits(llama), slots=3, max_len=48)
     with decoding(llama):
+        decoder = SlotDecoder(llama, read_traits(llama), slots=3, max_len=48)
         decoder.admit(prompts[:3], [100, 200, 300])
         decoder.step()
         decoder.feed(torch.tensor([3, 4, 5]))
@@ -98,22 +99,76 @@ def test_the_running_index_follows_its_row(llama: Any, prompts: list[tuple[int, 
         assert decoder.indices_N.tolist() == [301, 201]
 
 
+@contextmanager
+def prefill_shapes(model: Any) -> Iterator[list[tuple[int, ...]]]:
+    """Shapes of the token ids of every forward inside."""
+    shapes: list[tuple[int, ...]] = []
+    hook = model.model.embed_tokens.register_forward_hook(lambda _, inputs, __: shapes.append(tuple(inputs[0].shape)))
+    yield shapes
+    hook.remove()
+
+
 def test_equal_prompts_are_prefilled_once_and_prefills_keep_to_their_budget(
     llama: Any, prompts: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shapes: list[tuple[int, ...]] = []
-    hook = llama.model.embed_tokens.register_forward_hook(lambda _, inputs, __: shapes.append(tuple(inputs[0].shape)))
-    with decoding(llama):
+    with decoding(llama), prefill_shapes(llama) as shapes:
         SlotDecoder(llama, read_traits(llama), slots=8, max_len=48).admit([prompts[2]] * 6 + [prompts[1]], list(range(7)))
-        monkeypatch.setattr(decoder_module, "PREFILL_TOKENS", 24)
+        monkeypatch.setattr(prefill, "PREFILL_TOKENS", 24)
         SlotDecoder(llama, read_traits(llama), slots=8, max_len=48).admit([prompts[2], prompts[2][:-1], prompts[4]], list(range(3)))
-    hook.remove()
-    assert shapes == [(2, 16), (2, 16), (1, 32)]
+    assert shapes == [(2, 16), (1, 32), (1, 16), (1, 16)]
+
+
+def test_a_kept_prefix_is_not_computed_again_even_when_its_rows_are_gone(llama: Any, prompts: list[tuple[int, ...]]) -> None:
+    with decoding(llama), prefill_shapes(llama) as shapes:
+        decoder = SlotDecoder(llama, read_traits(llama), slots=8, max_len=48)
+        decoder.admit([prompts[4], prompts[2]], [0, 0], keep_last=True)
+        for token in (3, 4, 5):
+            decoder.step()
+            decoder.feed(torch.full((decoder.count,), token))
+        decoder.drop(1)
+        decoder.admit([prompts[2], prompts[1], prompts[2]], [0, 0, 0], keep_last=True)
+        decoder.admit([prompts[2]], [0])
+        computed = [shape for shape in shapes if shape[1] > 1]
+        logits = decoder.step()
+    assert computed == [(1, 32), (1, 16), (1, 16)]  # prompts 4, 2 and 1
+    for row in (1, 3, 4):
+        assert torch.allclose(logits[row], plain(llama, prompts[2]), atol=1e-5)
+        assert torch.equal(logits[row], logits[1])
+
+
+CHUNKED = [name for name in CONFIGS if name not in ("opt", "falcon", "mixtral")]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", CHUNKED)
+def test_long_prompts_come_in_pieces(build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, name: str, attention: str) -> None:
+    monkeypatch.setattr(prefill, "PREFILL_CHUNK", 16)
+    model = build(CONFIGS[name], attention)
+    generator = torch.Generator().manual_seed(0)
+    long, other, short = (tuple(torch.randint(3, 97, (size,), generator=generator).tolist()) for size in (46, 41, 6))
+    with decoding(model):
+        alone = SlotDecoder(model, read_traits(model), slots=1, max_len=48)
+        alone.admit([long], [0])
+        single = alone.step()
+        together = SlotDecoder(model, read_traits(model), slots=3, max_len=54)
+        together.admit([short, long, other], [0, 0, 0])
+        logits = together.step()
+    model.config._attn_implementation = attention
+    for row, prompt in enumerate((short, long, other)):
+        assert torch.allclose(logits[row], plain(model, prompt), atol=2e-5)
+    assert torch.equal(logits[1], single[0])
+
+
+def test_no_forward_is_wider_than_a_piece(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill, "PREFILL_CHUNK", 16)
+    with decoding(llama), prefill_shapes(llama) as shapes:
+        SlotDecoder(llama, read_traits(llama), slots=2, max_len=64).admit([(5,) * 60, (6,) * 60], [0, 0])
+    assert shapes == [(2, 16), (2, 16), (2, 16), (2, 16)]
 
 
 def test_prompts_of_one_token_need_no_prefill(llama: Any) -> None:
-    decoder = SlotDecoder(llama, read_traits(llama), slots=2, max_len=8)
     with decoding(llama):
+        decoder = SlotDecoder(llama, read_traits(llama), slots=2, max_len=8)
         decoder.admit([(5,), (6,)], [0, 0])
         logits = decoder.step()
     assert torch.allclose(logits[1], plain(llama, (6,)), atol=1e-5)

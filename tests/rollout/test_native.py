@@ -105,6 +105,26 @@ def test_finished_rows_leave_and_waiting_ones_take_their_slots(llama: Any) -> No
     assert tally.weights["rollout/rows_per_step"] <= tokens / 4 + 4
 
 
+def test_a_prompt_is_computed_once_for_all_its_samples_whatever_the_slots(llama: Any) -> None:
+    prompts = [tuple(range(3 + i, 20 + i)) for i in range(5)]
+    rows = [RolloutRow(prompt, i, sample, max_new_tokens=3 + 2 * sample) for sample in range(4) for i, prompt in enumerate(prompts)]
+    computed: list[int] = []
+    hook = llama.model.embed_tokens.register_forward_hook(
+        lambda _, inputs, __: computed.append(len(inputs[0])) if inputs[0].shape[1] > 1 else None
+    )
+    try:
+        seen = []
+        for slots in (3, 7, 20):
+            engine = NativeEngine(llama, slots=slots)
+            engine.generate(rows[:1], SamplingParams(2), KEY)  # the probe
+            computed.clear()
+            seen.append(engine.generate(rows, SamplingParams(20), KEY)[0])
+            assert sum(computed) == len(prompts)
+    finally:
+        hook.remove()
+    assert seen[0] == seen[1] == seen[2]
+
+
 def test_weights_are_those_of_the_moment_of_the_call(build: Callable[..., Any], llama: Any, rows: Rows, forward_gap: Any) -> None:
     model = build(llama.config)
     engine = NativeEngine(model, slots=4)

@@ -46,11 +46,13 @@ def test_bfloat16(layers: nn.Sequential) -> None:
 
 
 @needs_ops
-def test_a_row_is_the_same_to_the_last_bit_among_8_and_among_64() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_is_the_same_to_the_last_bit_among_4_and_among_64(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    layer, inputs = nn.Linear(288, 768), torch.randn(64, 288)
+    layer, inputs = nn.Linear(288, 768).to(dtype), torch.randn(64, 288).to(dtype)
     with torch.no_grad(), prepacked(layer):
-        assert torch.equal(layer(inputs)[:8], layer(inputs[:8]))
+        for rows in (4, 8, 12):
+            assert torch.equal(layer(inputs)[:rows], layer(inputs[:rows]))
 
 
 def test_weights_are_read_on_entry_and_all_is_as_before_on_exit(layers: nn.Sequential) -> None:

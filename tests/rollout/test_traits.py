@@ -11,6 +11,7 @@ import transformers as hf
 from peft import LoraConfig, get_peft_model
 
 from rlhf_dist.config.errors import UserError
+from rlhf_dist.rollout.attention import SLOT_ATTENTION
 from rlhf_dist.rollout.traits import decoding, read_traits
 
 SMALL: dict[str, Any] = {
@@ -89,7 +90,7 @@ def test_decoding_gives_back_modes_gradients_and_kernel(build: Callable[..., Any
     model.config._attn_implementation = "flash_attention_2"
     with decoding(model):
         assert not any(module.training for module in model.modules())
-        assert not torch.is_grad_enabled() and model.config._attn_implementation == "sdpa"
+        assert not torch.is_grad_enabled() and model.config._attn_implementation == SLOT_ATTENTION
     assert [module.training for module in model.modules()] == before
     assert torch.is_grad_enabled() and model.config._attn_implementation == "flash_attention_2"
 
@@ -99,3 +100,13 @@ def test_a_soft_cap_keeps_the_kernel_that_knows_it(build: Callable[..., Any]) ->
     model.config._attn_implementation = "flash_attention_2"
     with decoding(model):
         assert model.config._attn_implementation == "eager"
+
+
+def test_models_that_choose_their_kernel_themselves_keep_it(build: Callable[..., Any]) -> None:
+    config = hf.FalconConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=64)
+    model = build(config)
+    with decoding(model):
+        assert model.config._attn_implementation == "sdpa"
+    double = build(hf.LlamaConfig(**SMALL)).double()
+    with decoding(double):
+        assert double.config._attn_implementation == "sdpa"

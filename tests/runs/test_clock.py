@@ -32,6 +32,18 @@ def test_metrics_are_plain_quotients() -> None:
     }
 
 
+def test_the_speed_of_a_hidden_phase_is_that_of_its_workers() -> None:
+    """Two seconds of sampling, of which half a second was waited for."""
+    clock = Clock({"generate": 0.5, "train": 3.0}, tokens=60, worked={"generate": 2.0})
+    metrics = clock.metrics()
+    assert (metrics["perf/generate_seconds"], metrics["perf/generate_worked_seconds"]) == (0.5, 2.0)
+    assert metrics["perf/generate_tokens_per_second"] == 30.0 and metrics["perf/step_seconds"] == 3.5
+    run = Clock()
+    run.add(clock)
+    run.add(clock)
+    assert run.worked == {"generate": 4.0} and run.throughput() == {"generate": 30.0, "train": 20.0}
+
+
 def test_nothing_is_divided_by_nothing() -> None:
     assert Clock().metrics() == {"perf/step_seconds": 0.0, "perf/tokens_per_second": 0.0}
     assert Clock({"sync": 0.0}, tokens=5).throughput() == {}

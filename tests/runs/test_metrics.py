@@ -55,6 +55,16 @@ def test_a_metric_that_is_no_number_stops_and_is_named(folder: RunFolder, writer
     assert read_metrics(folder.metrics) == []
 
 
+def test_an_integer_that_a_float_would_round_is_kept_digit_by_digit(folder: RunFolder, writer: MetricsWriter) -> None:
+    """A checksum: TensorBoard holds floats, so it is not shown there."""
+    writer.write(1, {"weight_sync/checksum": 2**60 + 1, "weight_sync/bytes": 2**53})
+    writer.close()
+    assert read_metrics(folder.metrics)[0]["weight_sync/checksum"] == 2**60 + 1
+    assert scalars(folder, "weight_sync/bytes") == [(1, 2.0**53)]
+    with pytest.raises(KeyError):
+        scalars(folder, "weight_sync/checksum")
+
+
 def test_scalars_of_numpy_and_torch_are_numbers(folder: RunFolder, writer: MetricsWriter) -> None:
     writer.write(1, {"a": np.float32(0.5), "b": torch.tensor(2.0)})  # type: ignore[dict-item]
     record = read_metrics(folder.metrics)[0]

@@ -11,6 +11,7 @@ import pytest
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.config.sft import SFTConfig
 from rlhf_dist.contracts.engine import StepInfo
+from rlhf_dist.contracts.flops import FlopModel
 from rlhf_dist.contracts.roles import UpdateInfo, UpdateRequest
 from rlhf_dist.contracts.supervised import RowFacts
 from rlhf_dist.contracts.tally import Tally
@@ -136,3 +137,16 @@ def test_the_budget_counts_no_padding_where_rows_are_packed(tmp_path: Path, pack
     cuts = [[row + 1 for row in cut] for request in group.updates[0] for cut in request.microbatches]
     assert sorted(length for cut in cuts for length in cut) == list(range(1, 9))
     assert (len(cuts) == 2) == packing, "one microbatch a rank"
+
+
+def test_ranks_get_like_work_by_what_the_rows_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where attention costs s² beside s, shares of even tokens would be 210 and 300."""
+    lengths, found = (12, 8, 5, 3, 9, 2, 8, 8), []
+    for costs in (None, FlopModel(2.0, 2.0)):
+        facts = RowFacts(lengths, (1.0,) * 8, (), costs=costs)
+        monkeypatch.setattr(Counting, "describe", lambda *_, facts=facts: [facts] * 2)
+        group = Counting(8, [])
+        run(tmp_path / str(costs), group, batch_size=8)
+        rows = [[row for cut in request.microbatches for row in cut] for request in group.updates[0]]
+        found.append(sorted(sum(lengths[row] + lengths[row] ** 2 for row in share) for share in rows))
+    assert found == [[210, 300], [252, 258]]

@@ -19,6 +19,7 @@ from rlhf_dist.config.dpo import DPOConfig
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.contracts.roles import UpdateRequest
 from rlhf_dist.data.pairs import PairRow
+from rlhf_dist.models.flops import forward_flops
 from rlhf_dist.models.loading import load_tokenizer
 from rlhf_dist.runs.recorder import Recorder
 from rlhf_dist.training.dpo import ask_reference
@@ -188,6 +189,7 @@ def test_packed_rows_are_as_long_as_their_tokens(dpo_config: Configured, plain_r
     padded, packed = (build_dpo(dpo_config(packing=packing), plain_rank) for packing in (False, True))
     assert padded.describe().lengths == tuple(len(row) for row in padded._rows.train)
     assert packed.describe().lengths == tuple(len(row.chosen.tokens) + len(row.rejected.tokens) for row in packed._rows.train)
+    assert packed.describe().costs == padded.describe().costs == forward_flops(padded._engine.module).together(2)
     assert packed.describe().weights == padded.describe().weights == (1.0, 2.0, 0.5) * 4
 
 

@@ -10,7 +10,7 @@ from rlhf_dist.contracts.experience import ExperienceBatch, Piece, StopReason
 from rlhf_dist.contracts.moments import Moments, merged_moments
 from rlhf_dist.contracts.roles import EstimateRequest, ExperienceInfo
 from rlhf_dist.contracts.tally import Tally
-from rlhf_dist.workers.estimation import Estimator, Scored, experience_metrics, on_policy_gaps, rollout_gap, token_kl
+from rlhf_dist.workers.estimation import Estimator, Scored, behaviour_metrics, experience_metrics, on_policy_gaps, rollout_gap, token_kl
 
 ROWS = [([5, 6], [7, 8, 2]), ([9], [10, 11, 12, 13]), ([14, 15], [2]), ([16], [17, 18])]
 LENGTHS = [3, 4, 1, 2]
@@ -142,7 +142,8 @@ def test_metrics_are_sums_over_the_rows_that_stay(shard) -> None:
     means = info.tally.means()
     kl = [sum(kl_of(shard, row, t) for t in range(LENGTHS[row])) for row in range(4)]
     entropy = [-sum(float(poisoned(shard, 3)[row, t]) for t in range(LENGTHS[row])) for row in range(4)]
-    gaps = [abs(float(poisoned(shard, 3)[row, t]) - float(poisoned(shard, 2)[row, t])) for row in range(4) for t in range(LENGTHS[row])]
+    deltas = [float(poisoned(shard, 3)[row, t]) - float(poisoned(shard, 2)[row, t]) for row in range(4) for t in range(LENGTHS[row])]
+    gaps = [abs(delta) for delta in deltas]
     assert info.kl == pytest.approx(kl, abs=1e-6)
     assert means == pytest.approx(
         {
@@ -151,12 +152,30 @@ def test_metrics_are_sums_over_the_rows_that_stay(shard) -> None:
             "objective/non_score_reward": -BETA * sum(kl) / 4,
             "objective/rlhf_reward": (sum(SCORES) - BETA * sum(kl)) / 4,
             "val/response_length": 2.5,
+            "val/behaviour_kl": sum(math.exp(delta) - 1 - delta for delta in deltas) / 10,
             "val/rollout_logprob_gap": sum(gaps) / 10,
             "val/rollout_logprob_gap_max": max(gaps),
         },
         abs=1e-6,
     )
     assert set(info.tally.weights.values()) == {4.0, 10.0}
+
+
+def test_importance_weights_are_shown_where_they_are_used(shard) -> None:
+    scored = shard.replace(old_logprobs_BT=poisoned(shard, 3))
+    assert "val/importance_weight" not in behaviour_metrics(scored, None).means()
+    means, valid = behaviour_metrics(scored, 1.2).means(), shard.response_mask_BT
+    ratio = (poisoned(shard, 3)[valid].double() - poisoned(shard, 2)[valid].double()).exp()
+    assert means["val/importance_weight"] == pytest.approx(float(ratio.clamp(max=1.2).mean()))
+    assert means["val/importance_truncated"] == float((ratio > 1.2).double().mean()) > 0
+
+
+@pytest.mark.parametrize(("old_logprobs", "cap", "shown"), [("recompute", 2.0, True), ("recompute", None, False), ("sampler", None, False)])
+def test_old_log_probs_of_the_sampler_have_no_gap_to_it(old_logprobs, cap, shown, shard) -> None:
+    answer = Estimator(AlgorithmSection(old_logprobs=old_logprobs), 1, cap)(request(), shard, pieces(shard))
+    names = set(answer.info.tally.means())
+    assert ("val/importance_weight" in names) is shown
+    assert ("val/behaviour_kl" in names) is ("val/rollout_logprob_gap" in names) is (old_logprobs == "recompute")
 
 
 def test_gaps_of_law_3_are_counted_over_valid_tokens_only(shard) -> None:
@@ -186,3 +205,4 @@ def test_a_row_that_no_rank_computed_is_a_fault(shard) -> None:
 def test_metrics_of_nothing_are_no_metrics(shard) -> None:
     empty = shard.select([]).replace(old_logprobs_BT=torch.zeros(0, 0))
     assert experience_metrics(Scored(empty, torch.zeros(0, 0), torch.zeros(0)), 0.1).means() == {}
+    assert behaviour_metrics(empty, 2.0).means() == {}

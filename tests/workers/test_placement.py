@@ -36,6 +36,13 @@ def test_a_run_asks_for_nothing_for_roles_it_does_not_start(configured) -> None:
     assert [each.role for each in demands(config)] == ["policy", "reward"]
 
 
+def test_a_rollout_group_is_placed_last_alone_and_in_its_own_interpreter(configured) -> None:
+    changes = {"rollout.ranks": 2, "rollout.gpus_per_rank": 0.5, "rollout.cpus_per_rank": 3, "rollout.python": "/v/python"}
+    wanted = demands(configured(changes | {"placement.launcher": "ray", "algorithm.estimator": "rloo", "policy.lora": {"r": 2}}))
+    assert [each.role for each in wanted] == ["policy", "reward", "rollout"] and not wanted[0].alone
+    assert wanted[-1] == Demand("rollout", 2, 3.0, 0.5, "PACK", alone=True, python="/v/python")
+
+
 @pytest.mark.parametrize(
     ("wanted", "nodes"),
     [

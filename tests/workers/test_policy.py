@@ -79,6 +79,11 @@ def test_samples_of_a_version_that_the_sampler_does_not_hold_are_refused(stage, 
         worker.generate(request(version=0))
 
 
+def test_costs_are_those_of_the_whole_policy(worker_of) -> None:
+    assert worker_of().costs() == worker_of(3).costs()
+    assert worker_of().costs().head == 2 * 32 * 64 and worker_of().costs().attention == 2 * 2 * 32
+
+
 def test_nothing_is_sampled_before_the_first_sync(configured, plain_rank) -> None:
     with pytest.raises(UserError, match="holds -1"):
         PolicyWorker(configured(), plain_rank).generate(request())
@@ -134,7 +139,8 @@ def test_under_zero_3_the_sampler_keeps_its_version_until_the_sync(worker_of) ->
 
 def test_zero_3_samples_and_syncs_as_zero_0_does(worker_of) -> None:
     plain, sharded = worker_of(0), worker_of(3)
-    assert plain.sync_weights(0) == sharded.sync_weights(0)
+    same, copied = plain.sync_weights(0), sharded.sync_weights(0)
+    assert same.checksum == copied.checksum and (same.bytes, same.buckets) == (0, 0) and copied.bytes > 50_000 and copied.buckets == 1
     assert tokens(plain.generate(request()).payload) == tokens(sharded.generate(request()).payload)
 
 
@@ -165,7 +171,7 @@ def test_held_out_prompts_are_never_trained_on(worker_of) -> None:
     evaluated = worker.generate(request(count=held_out, stream="eval", samples_per_prompt=1)).payload
     trained = worker.generate(request(count=80, samples_per_prompt=1)).payload
     assert set(evaluated.prompts).isdisjoint(trained.prompts) and len(evaluated) == held_out
-    assert len(worker_of(0, {"evaluation.max_prompts": 3})._eval_prompts) == 3
+    assert len(worker_of(0, {"evaluation.max_prompts": 3})._prompts.held_out) == 3
 
 
 def test_rollouts_are_written_by_rank_0_dropped_samples_included(worker_of, configured, tmp_path) -> None:
@@ -222,7 +228,7 @@ def test_under_zero_3_in_bf16_the_sampler_holds_the_adapters_and_not_a_rounded_s
         train(worker, worker.generate(request(version=version, step=version)).payload)
         worker.sync_weights(version + 1)
     shard = worker.generate(request(version=3, step=3)).payload
-    sampler = PolicyModule(worker._copy, worker._engine.module.options)
+    sampler = PolicyModule(worker._copy.model, worker._engine.module.options)
     with torch.no_grad():
         copied = sampler(**sampler.inputs(shard))["logprobs_BT"]
     assert torch.equal(copied[shard.response_mask_BT], worker.score(shard).payload.tensors["old_logprobs_BT"][shard.response_mask_BT])
@@ -268,3 +274,21 @@ def test_over_4_bits_an_export_answers_as_the_policy_does(worker_of, wide_model,
     torch.testing.assert_close(got[mask], want[mask], rtol=1e-5, atol=1e-5)
     again = worker_of(0, {"policy": {"model": str(tmp_path / "export" / "adapter"), "optim": {"lr": 0.02}}})
     assert again.score(shard).payload.tensors["old_logprobs_BT"].isfinite().all()  # an adapter folder is a model
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_beside_a_rollout_group_it_holds_no_sampler_and_no_copy(stage, worker_of, configured, zero, plain_rank) -> None:
+    """What it exports is what its own sampler would get."""
+    changes = {"policy.deepspeed": zero(stage), "rollout.ranks": 1, "placement.launcher": "ray"}
+    worker = PolicyWorker(configured(changes), plain_rank)
+    assert worker._copy is None and worker._sampler is None
+    assert worker.describe() == worker_of(stage).describe()
+    with pytest.raises(AssertionError, match="rollout group samples"):
+        worker.generate(request())
+    with pytest.raises(AssertionError, match="rollout group samples"):
+        worker.sync_weights(0)
+    bucket, done = worker.next_weights(10**9), worker.next_weights(10**9)
+    assert done.info.done is not None and done.payload == {}
+    assert done.info.done.checksum == worker_of(3).sync_weights(0).checksum
+    assert bucket.info.bytes == done.info.done.bytes == sum(weight.nbytes for weight in bucket.payload.values())
+    assert worker.place().device == "cpu"

@@ -6,12 +6,14 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 import torch
 
+import rlhf_dist
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.config.operation import PlacementSection
 from rlhf_dist.contracts.group import Stored
@@ -41,6 +43,10 @@ class Worker:
 
     def folder(self) -> tuple[str, str]:
         return os.getcwd(), os.environ["OMP_NUM_THREADS"]
+
+    def environment(self) -> tuple[bool, str, str, str]:
+        names = ("OTHER_INTERPRETER", "PYTHONPATH", "VLLM_LOGGING_LEVEL")
+        return torch.distributed.is_initialized(), *(os.environ.get(name, "") for name in names)  # type: ignore[return-value]
 
     def fail(self, kind: str) -> None:
         if self.rank.rank == 1:
@@ -83,6 +89,26 @@ def test_actors_stand_in_the_users_folder_with_the_threads_of_the_config(group: 
     assert group.collect(group.submit(Worker.folder, [()] * 2)) == [(os.getcwd(), "3")] * 2
 
 
+def test_a_rank_without_a_part_is_not_asked(group: RayGroup) -> None:
+    """Its handle is not there: the others come in the order of the ranks."""
+    only = group.submit(Worker.make, [None, (3,)])
+    assert group.collect(only) == [{"rank": 1, "size": 3}] and group.submit(Worker.make, [None, None]) == []
+    assert group.collect(group.submit(Worker.total, [([only[0]], ("x", only[0])), None])) == [6.0]
+
+
+def test_a_late_answer_names_every_rank_that_is_waited_for(group: RayGroup) -> None:
+    @ray.remote(num_cpus=0)
+    def slow() -> None:
+        time.sleep(30)
+
+    waiting = {slow.remote(): f"policy rank {rank}, generate" for rank in range(2)}
+    with pytest.raises(UserError, match="no answer") as caught:
+        wait_all(waiting, 0.2)
+    assert caught.value.where == "policy rank 0, generate; policy rank 1, generate"
+    for reference in waiting:
+        ray.cancel(reference, force=True)
+
+
 def test_arguments_must_be_one_tuple_a_rank(group: RayGroup) -> None:
     with pytest.raises(AssertionError, match="2 ranks"):
         group.submit(Worker.reduced, [()])
@@ -95,7 +121,7 @@ def test_a_late_answer_is_an_error_that_says_who_was_asked(group: RayGroup) -> N
 
     reference = slow.remote()
     with pytest.raises(UserError, match=r"no answer within 0\.2 s") as caught:
-        wait_all([reference], 0.2, "policy rank 0, generate")
+        wait_all({reference: "policy rank 0, generate"}, 0.2)
     assert caught.value.where == "policy rank 0, generate"
     with pytest.raises(UserError, match="no answer"):
         get(reference, 0.2, "x")
@@ -115,12 +141,31 @@ def test_the_first_failure_is_raised_while_another_rank_still_waits(ray_session:
         if kind == "user":
             assert (caught.value.what, caught.value.where, caught.value.fix) == ("broken", "here", "mend it")
         else:
-            with pytest.raises(UserError, match="died"):
-                group.collect(group.submit(Worker.die, [()] * 2))
+            with pytest.raises(UserError, match="died") as died:
+                group.collect([*group.submit(Worker.fail, [(kind,), None]), *group.submit(Worker.die, [None, ()])])
+            assert died.value.where == "value rank 1, die", "the one that died, not the one that waits"
     finally:
         group.close()
         group.close()
     assert ray.util.placement_group_table(group._bundles)["state"] != "CREATED"
+
+
+def test_ranks_that_stand_alone_form_no_process_group_in_the_interpreter_they_ask_for(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interpreter is this one, and leaves a mark by which it is told apart; vLLM's settings go with the process."""
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nOTHER_INTERPRETER=yes exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    group = RayGroup(Demand("rollout", 1, 0.5, 0.0, "PACK", alone=True, python=str(python)), Worker, PlacementSection())
+    try:
+        group.begin_start()
+        group.finish_start()
+        joined, mark, path, level = group.collect(group.submit(Worker.environment, [()]))[0]
+        assert not joined and mark == "yes" and str(Path(rlhf_dist.__file__).parents[1]) in path and level == "ERROR"
+    finally:
+        group.close()
 
 
 def test_a_factory_that_fails_is_reported_by_finish_start(ray_session: None) -> None:

@@ -20,6 +20,18 @@ def test_it_scores_as_the_initial_policy_alone_would(stage, configured, zero, pl
     assert answer.payload.rows == answer.info.rows == tuple(range(len(ragged))) and answer.info.seconds > 0
 
 
+def test_packed_rows_score_as_padded_ones(configured, plain_rank, shard_of, ragged) -> None:
+    shard = shard_of(ragged)
+    padded, packed = (
+        ReferenceWorker(configured({"reference.packing": packing, "reference.microbatch_tokens": 30}), plain_rank)
+        for packing in (False, True)
+    )
+    mask = shard.response_mask_BT
+    want, got = (worker.score(shard).payload.tensors["ref_logprobs_BT"][mask] for worker in (padded, packed))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert packed._engine.module.packing
+
+
 def test_a_model_of_its_own_takes_the_policys_place(configured, plain_rank, shard_of, ragged, tiny_model, tmp_path) -> None:
     torch.manual_seed(9)
     other = AutoModelForCausalLM.from_config(AutoModelForCausalLM.from_pretrained(tiny_model).config)

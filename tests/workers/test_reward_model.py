@@ -18,6 +18,7 @@ from rlhf_dist.config.errors import UserError
 from rlhf_dist.config.reward_model import RewardModelConfig
 from rlhf_dist.contracts.roles import UpdateRequest
 from rlhf_dist.models.classifier import EncodedTexts, load_classifier
+from rlhf_dist.models.flops import forward_flops
 from rlhf_dist.models.reward_model import PAD
 from rlhf_dist.rewards.scorer import RewardModel
 from rlhf_dist.workers.reward_model import RewardModelWorker, build_reward_model
@@ -93,6 +94,25 @@ def test_rows_with_other_numbers_of_answers_travel_apart(build: Build) -> None:
     assert [[len(row.answers) for row in rows] for rows in cut] == [[2, 2], [3], [3]]
     one, other = worker.evaluate(((0, 1, 2),)).means(), worker.evaluate(((1,), (0, 2))).means()
     assert one == pytest.approx(other, rel=1e-5)
+
+
+def test_packed_rows_are_as_long_as_their_tokens_and_judged_as_padded_ones(build: Build) -> None:
+    """Rows with other numbers of answers share a microbatch: nothing is padded to the longest."""
+    padded, packed = (build(model_section={"packing": packing, "microbatch_tokens": 64}) for packing in (False, True))
+    assert packed.describe().lengths == (*(6 + n % 4 + 5 for n in range(8)), 8 + 5 + 9)
+    assert len(packed._cut(packed._rows.train, ((0, 8, 1), ()))) == 1
+    order = (0, 3, 1, 8)
+    want, got = ([(pair.better, pair.worse) for pair in worker.judge("train", (order,))] for worker in (padded, packed))
+    assert got == [pytest.approx(pair, abs=1e-5) for pair in want]
+    norms = [worker.update(UpdateRequest((order,), 4.0)).step.grad_norm for worker in (padded, packed)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4) and norms[0] > 0
+
+
+def test_costs_are_those_of_answers_apart(build: Build) -> None:
+    facts = build().describe()
+    one = forward_flops(build()._engine.module)
+    answers = (8 * 2 + 3 + 3 * 2) / (8 + 1 + 3)
+    assert facts.costs == one.together(answers) and one.head == 0
 
 
 def test_it_learns(build: Build) -> None:

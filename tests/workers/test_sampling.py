@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlhf_dist.config.rollout import RolloutSection
 from rlhf_dist.contracts.experience import StopReason
 from rlhf_dist.contracts.roles import GenerateRequest
+from rlhf_dist.contracts.tally import Tally
 from rlhf_dist.data.prompts import PromptRecord
 from rlhf_dist.rollout.native import Completion
-from rlhf_dist.workers.sampling import Sampler
+from rlhf_dist.workers.sampling import Sampler, decoder, native_sampler
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def sampler_of(tiny_model, tokenizer) -> Any:
     model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
 
     def make(**options: Any) -> Sampler:
-        return Sampler(model, tokenizer, RolloutSection(**({"max_new_tokens": 8, "slots": 4} | options)), [2], seed=5)
+        return native_sampler(model, tokenizer, RolloutSection(**({"max_new_tokens": 8, "slots": 4} | options)), [2], seed=5)
 
     return make
 
@@ -134,6 +135,13 @@ def test_a_stop_string_ends_the_completion_and_is_cut_from_its_text(sampler_of, 
     assert tokenizer.decode(batch.response_tokens_BT[row, : position + 1].tolist()).split() == words[: position + 1]
 
 
+class Silent:
+    """An engine that nobody asks."""
+
+    def generate(self, rows: Sequence[Any], params: Any, key: Any) -> Any:
+        raise AssertionError("nothing is sampled here")
+
+
 class Characters:
     """A tokenizer whose tokens are given pieces of text; 0 and 1 are special."""
 
@@ -157,8 +165,8 @@ class Characters:
         (["|>"], [2, 1], "Yes<|pad"),
     ],
 )
-def test_a_stop_string_is_cut_where_generation_saw_it_special_tokens_included(stops, tokens, text, sampler_of, tiny_model) -> None:
-    sampler = Sampler(AutoModelForCausalLM.from_pretrained(tiny_model), Characters(), RolloutSection(stop_strings=stops), [2], 0)  # type: ignore[arg-type]
+def test_a_stop_string_is_cut_where_generation_saw_it_special_tokens_included(stops, tokens, text) -> None:
+    sampler = Sampler(Silent(), Characters(), RolloutSection(stop_strings=stops), [2], 0)  # type: ignore[arg-type]
     assert sampler._text(Completion(tuple(tokens), (0.0,) * len(tokens), StopReason.STOP_STRING)) == text
 
 
@@ -168,11 +176,9 @@ def test_half_a_character_before_a_stop_string_is_not_lost() -> None:
             return bytes(tokens).decode("utf-8", errors="replace")
 
     tokens = tuple("né\nx".encode()[:4])  # n, two bytes of é, the newline
-    sampler = object.__new__(Sampler)
-    sampler._tokenizer, sampler._stop_strings = Bytes(), ("\n",)
-    assert sampler._text(Completion(tokens, (0.0,) * 4, StopReason.STOP_STRING)) == "né"
-    sampler._stop_strings = ("é",)
-    assert sampler._text(Completion(tokens[:3], (0.0,) * 3, StopReason.STOP_STRING)) == "n"
+    for stop, end, text in (("\n", 4, "né"), ("é", 3, "n")):
+        sampler = Sampler(Silent(), Bytes(), RolloutSection(stop_strings=[stop]), [0], 0)  # type: ignore[arg-type]
+        assert sampler._text(Completion(tokens[:end], (0.0,) * end, StopReason.STOP_STRING)) == text
 
 
 def test_special_tokens_and_the_stop_token_are_no_text(sampler_of, tokenizer) -> None:
@@ -181,8 +187,8 @@ def test_special_tokens_and_the_stop_token_are_no_text(sampler_of, tokenizer) ->
     assert sampler._text(Completion((4, 0, 5), (0.0,) * 3, StopReason.LENGTH)) == "w0 w1"
 
 
-def test_a_stop_token_that_is_no_special_token_is_no_text_either(tiny_model, tokenizer) -> None:
-    sampler = Sampler(AutoModelForCausalLM.from_pretrained(tiny_model), tokenizer, RolloutSection(), [5], 0)
+def test_a_stop_token_that_is_no_special_token_is_no_text_either(tokenizer) -> None:
+    sampler = Sampler(Silent(), tokenizer, RolloutSection(), [5], 0)
     assert sampler._text(Completion((4, 5), (0.0,) * 2, StopReason.STOP_TOKEN)) == "w0"
 
 
@@ -197,7 +203,7 @@ def test_bytes_that_are_no_text_as_a_whole_are_sampled_with_stop_strings(tmp_pat
     torch.manual_seed(0)
     size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "max_position_embeddings": 64}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=4, eos_token_id=0, **size)).eval()
-    sampler = Sampler(model, tokenizer, RolloutSection(max_new_tokens=40, stop_strings=["!"], slots=32), [0], seed=0)
+    sampler = native_sampler(model, tokenizer, RolloutSection(max_new_tokens=40, stop_strings=["!"], slots=32), [0], seed=0)
     batch = sampler.sample(request(1, samples=32), [], [PromptRecord(1, "a", (2,), {}, "f", 0)]).payload
     misleading = 0
     for row in range(len(batch)):
@@ -206,3 +212,26 @@ def test_bytes_that_are_no_text_as_a_whole_are_sampled_with_stop_strings(tmp_pat
         assert ("!" in tokenizer.decode(tokens)) == stopped and "!" not in batch.completions[row]
         misleading += not stopped and any("!" in tokenizer.decode(tokens[max(0, end - 8) : end]) for end in range(len(tokens) + 1))
     assert misleading and (batch.stop_reason_B == StopReason.STOP_STRING).any()
+
+
+def test_an_engine_is_asked_with_the_settings_of_the_run_and_its_completions_are_packed(prompts, tokenizer) -> None:
+    """Whatever completes rows will do: the engine sees token ids, ids of prompts and samples, limits and the key."""
+    asked: list[Any] = []
+
+    class Echo:
+        def generate(self, rows: Sequence[Any], params: Any, key: Any) -> Any:
+            asked.append((rows, params, key))
+            return [
+                Completion((*row.prompt_tokens[1:], 2), (-0.5,) * len(row.prompt_tokens), StopReason.STOP_TOKEN) for row in rows
+            ], Tally()
+
+    section = RolloutSection(max_new_tokens=8, temperature=0.7, stop_strings=["x"])
+    batch = Sampler(Echo(), tokenizer, section, [2, 3], seed=5).sample(request(5, samples=1), [], prompts).payload
+    (rows, params, key), *rest = asked
+    assert not rest and [row.prompt_id for row in rows] == [100, 101, 102, 103, 104] and (key.seed, key.stream, key.step) == (5, "train", 3)
+    assert (params.max_new_tokens, params.temperature, params.stop_tokens, params.stop_strings) == (8, 0.7, (2, 3), ("x",))
+    assert batch.completions == tuple(record.text for record in prompts) and batch.rollout_logprobs_BT[0, 0] == -0.5
+
+
+def test_special_tokens_show_where_stop_strings_are_looked_for(tokenizer) -> None:
+    assert decoder(tokenizer)([4, 2]) == "w0 </s>" and decoder(tokenizer, skip_special_tokens=True)([4, 2]) == "w0"

@@ -1,18 +1,25 @@
 """Scoring a shard: each rank its rows, any budget, and every number back in its row."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_dist.contracts.experience import merge_pieces
+from rlhf_dist.models.flops import forward_flops
 from rlhf_dist.workers.scoring import in_row_order, rows_of_rank, score_rows
+
+SIZE = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
 class EchoEngine:
     """Answers with the tokens themselves, and remembers what it was given."""
+
+    module = SimpleNamespace(model=LlamaForCausalLM(LlamaConfig(**SIZE)))
 
     def __init__(self, rank: int = 0, world_size: int = 1) -> None:
         self.rank, self.world_size, self.calls, self.options = rank, world_size, [], {}
@@ -26,6 +33,7 @@ class EchoEngine:
         ]
 
 
+COSTS = forward_flops(EchoEngine.module)
 FIELDS = {"tokens_BT": "values_BT", "last_B": "bootstrap_value_B"}
 lengths = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=9)
 
@@ -47,8 +55,12 @@ def test_every_number_comes_back_in_its_row_whatever_the_cut(shard_of, lengths, 
     merged = merge_pieces(shard, [answer.payload for answer in answers])
     for n, (prompt, response) in enumerate(rows):
         assert merged.values_BT[n, : len(response)].tolist() == response and merged.bootstrap_value_B[n] == prompt[-1]
-    for rank, (engine, answer) in enumerate(zip(engines, answers, strict=True)):
-        assert answer.info.rows == answer.payload.rows == rows_of_rank(len(rows), rank, world_size) and answer.info.seconds >= 0
+    held_by = [answer.info.rows for answer in answers]
+    assert sorted(row for share in held_by for row in share) == list(range(len(rows)))
+    loads = [sum(COSTS.in_tokens(sum(lengths[row])) for row in share) for share in held_by]
+    assert max(loads) - min(loads) <= max(COSTS.in_tokens(p + r) for p, r in lengths) + 1e-9
+    for engine, answer in zip(engines, answers, strict=True):
+        assert answer.info.rows == answer.payload.rows and answer.info.seconds >= 0
         assert len(engine.calls) == 1  # also without rows: the call is collective
         for microbatch in engine.calls[0]:
             held = microbatch.prompt_lengths_B + microbatch.response_lengths_B
@@ -61,9 +73,18 @@ def test_options_reach_the_module(shard_of, ragged) -> None:
     assert engine.options == {"adapter": False}
 
 
+@pytest.mark.parametrize(("field", "name"), [("old_logprobs_BT", "policy"), ("ref_logprobs_BT", "reference"), ("values_BT", "value")])
+def test_the_speed_is_what_was_needed_in_the_seconds_it_took(shard_of, ragged, field, name) -> None:
+    answers = [score_rows(EchoEngine(rank, 2), shard_of(ragged), {"tokens_BT": field}, 10) for rank in range(2)]
+    for answer in answers:
+        done = sum(COSTS.forward(sum(map(len, ragged[row])), len(ragged[row][1])) for row in answer.info.rows)
+        assert answer.info.tally.means() == {f"perf/{name}_score_tflops": pytest.approx(done / 1e12 / answer.info.seconds)}
+
+
 def test_a_rank_without_rows_answers_with_an_empty_piece(shard_of) -> None:
     shard = shard_of([([1], [2, 3])])
     answer = score_rows(EchoEngine(1, 2), shard, FIELDS, 10)
+    assert answer.info.tally.means() == {}, "no speed where nothing was done"
     assert answer.payload.rows == () and [t.numel() for t in answer.payload.tensors.values()] == [0, 0]
     merged = merge_pieces(shard, [score_rows(EchoEngine(0, 2), shard, FIELDS, 10).payload, answer.payload])
     assert merged.values_BT.tolist() == [[2.0, 3.0]]

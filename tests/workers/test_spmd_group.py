@@ -34,6 +34,14 @@ def test_in_one_process_handles_stand_for_their_payloads() -> None:
     assert deliver({"not": "opened"}) == {"not": "opened"} and deliver((first, [second])) == ([1], [[2]])
 
 
+def test_a_rank_without_a_part_runs_nothing_and_knows_the_others_handles() -> None:
+    group = SpmdGroup("policy", Worker(), ALONE)
+    assert group.submit(Worker.fail, [None]) == []
+    second = SpmdGroup("policy", Worker(), Rank(1, 3, 1, "cpu"))
+    handles = second.submit(Worker.make, [(1,), None, (3,)])
+    assert [handle.owner for handle in handles] == [0, 2] and all(handle.record() is None for handle in handles)
+
+
 def test_a_failure_is_raised_at_once() -> None:
     with pytest.raises(ValueError, match="inside"):
         SpmdGroup("policy", Worker(), ALONE).submit(Worker.fail, [()])

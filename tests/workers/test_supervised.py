@@ -16,6 +16,7 @@ from rlhf_dist.config.optim import OptimSection
 from rlhf_dist.contracts.roles import UpdateRequest
 from rlhf_dist.data.token_rows import TokenRow, collate_demonstrations
 from rlhf_dist.engines.deepspeed import Training
+from rlhf_dist.models.flops import forward_flops
 from rlhf_dist.models.loading import load_causal_lm, load_tokenizer
 from rlhf_dist.models.policy import PolicyModule
 from rlhf_dist.workers.supervised import Rows, SupervisedWorker
@@ -52,6 +53,7 @@ def test_facts(worker: SupervisedWorker) -> None:
     facts = worker.describe()
     assert (facts.lengths, facts.weights, facts.eval_lengths, facts.fates) == ((4, 3, 5), (2.0, 1.0, 3.0), (3, 3), {"dropped: x": 2})
     assert facts.facts["parameters"] == facts.facts["trained_parameters"] > 1000
+    assert facts.costs is not None and facts.costs.head == 2 * 32 * 64
 
 
 def test_losses_are_those_of_unpadded_rows(worker: SupervisedWorker, tiny_model: Path) -> None:
@@ -62,6 +64,9 @@ def test_losses_are_those_of_unpadded_rows(worker: SupervisedWorker, tiny_model:
     total, weight = reference_loss(model, list(ROWS.train))
     info = worker.update(UpdateRequest(((2, 0), (1,), ()), float(weight)))
     assert info.tally.means()["loss"] == pytest.approx(total / weight, rel=1e-5) and info.step.grad_norm > 0
+    costs = forward_flops(worker._engine.module)
+    done = 3 * (costs.forward(4, 2) + costs.forward(3, 1) + costs.forward(5, 3)) / 1e12
+    assert info.tally.means()["perf/update_tflops"] == pytest.approx(done / info.seconds)
     assert worker.evaluate(((0, 1),)).means()["loss"] != pytest.approx(reference_loss(model, list(ROWS.evaluation))[0] / 4, rel=1e-6)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from rlhf_dist.algos.objectives import PolicyObjective
 from rlhf_dist.algos.whitening import masked_moments, whiten
@@ -18,16 +18,20 @@ from rlhf_dist.contracts.moments import merged_moments
 from rlhf_dist.contracts.roles import UpdateRequest
 from rlhf_dist.contracts.tally import Tally
 from rlhf_dist.engines.deepspeed import Training
+from rlhf_dist.models.flops import flops_of, training_flops
 from rlhf_dist.models.loading import load_causal_lm
 from rlhf_dist.models.lora import add_adapter
 from rlhf_dist.models.policy import PolicyModule
 from rlhf_dist.workers.training import Trainer, build_engine, optimizer_steps, prepare_checkpointing, seeded
+
+SIZE = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
 class RecordingEngine:
     """Remembers what it was asked to train on."""
 
     rank, world_size = 0, 1
+    module = PolicyModule(LlamaForCausalLM(LlamaConfig(**SIZE)))
 
     def __init__(self) -> None:
         self.calls: list[tuple[list[ExperienceBatch], float]] = []
@@ -87,7 +91,11 @@ def test_an_update_trains_on_the_rows_it_names_and_skips_empty_microbatches(shar
     info = trainer.update(UpdateRequest(((4, 1), (), (0,)), 5.5))
     (microbatches, denominator), = engine.calls  # fmt: skip
     assert [m.prompts for m in microbatches] == [("prompt 4", "prompt 1"), ("prompt 0",)] and denominator == 5.5
-    assert info.tally.sums == {"rows": 3.0} and info.step == StepInfo(1.0, 0.1) and info.seconds >= 0
+    speed = "perf/policy_update_tflops"
+    assert info.tally.sums.keys() == {"rows", speed} and info.tally.sums["rows"] == 3.0
+    assert info.step == StepInfo(1.0, 0.1) and info.tally.weights[speed] == info.seconds > 0
+    costs = training_flops(engine.module)
+    assert info.tally.sums[speed] == pytest.approx(flops_of(costs, microbatches) / 1e12, rel=1e-9)
     assert trainer.update(UpdateRequest((), 1.0)).tally.sums == {"rows": 0.0}  # a rank without rows still steps
 
 

@@ -35,6 +35,38 @@ def test_values_start_at_zero_and_learn_the_returns(stage, configured, zero, pla
     assert scored.bootstrap_value_B.any() and (scored.values_BT[mask] - returns[mask]).abs().mean() < 0.2
 
 
+@pytest.mark.parametrize("stage", [0, 3])
+def test_packed_rows_score_and_train_as_padded_ones(stage, configured, zero, plain_rank, shard_of, ragged) -> None:
+    """Over two steps, the first of which moves a head that started at zero."""
+    shard, seen = shard_of(ragged), []
+    for packing in (False, True):
+        given = {"packing": packing, "deepspeed": zero(stage), "optim": {"lr": 0.02}, "microbatch_tokens": 30}
+        worker = ValueWorker(configured({"value": given}), plain_rank)
+        for _ in range(2):
+            scored = values_of(worker, shard)
+            worker.load_experience([scored.replace(returns_BT=torch.ones(shard.response_mask_BT.shape))], Moments())
+            info = worker.update(UpdateRequest(((0, 1, 2), (3, 4, 5, 6)), 22.0))
+        seen.append(
+            [*values_of(worker, shard).values_BT[shard.response_mask_BT].tolist(), *scored.bootstrap_value_B.tolist(), info.step.grad_norm]
+        )
+    assert seen[1] == pytest.approx(seen[0], rel=1e-3, abs=1e-4) and any(seen[0])
+
+
+def test_costs_and_speed_are_those_of_the_value_model(configured, zero, plain_rank, shard_of, ragged) -> None:
+    workers = [ValueWorker(configured({"value.deepspeed": zero(stage)}), plain_rank) for stage in (0, 3)]
+    one, other = (worker.costs() for worker in workers)
+    assert one == other and one.head == 0, "sharded weights are counted whole"
+    shard = shard_of(ragged)
+    answer = workers[0].score(shard)
+    done = sum(one.forward(len(p) + len(r)) for p, r in ragged) / 1e12
+    assert answer.info.tally.means() == {"perf/value_score_tflops": pytest.approx(done / answer.info.seconds)}
+    workers[0].load_experience(
+        [merge_pieces(shard, [answer.payload]).replace(returns_BT=torch.ones(shard.response_mask_BT.shape))], Moments()
+    )
+    info = workers[0].update(UpdateRequest((tuple(range(7)),), 22.0))
+    assert info.tally.means()["perf/value_update_tflops"] == pytest.approx(3 * done / info.seconds)
+
+
 def test_an_export_answers_as_the_worker_and_starts_another_run(configured, plain_rank, shard_of, ragged, tmp_path) -> None:
     worker = ValueWorker(configured({"value.optim": {"lr": 0.02}}), plain_rank)
     shard = shard_of(ragged)

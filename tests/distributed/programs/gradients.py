@@ -1,5 +1,5 @@
 """One rank: gradients of the policy, value, DPO and reward-model losses of one batch, over ZeRO stages × numbers of microbatches, rows
-padded or packed (the policy's and DPO's); rank 0 saves them.
+padded or packed; rank 0 saves them.
 
 usage: gradients.py MODEL OUT.pt
 """
@@ -66,22 +66,21 @@ def pairs(batch: ExperienceBatch, rows: list[int]) -> PairBatch:
 
 
 def engines(model: str, stage: int, folder: Path, rank: object) -> dict[str, tuple[DeepSpeedEngine, object]]:
-    """Policy engines, padding and packing, and a value engine. The rate is too small to move a float32 weight: one serves many splits."""
+    """Policy and value engines, padding and packing. The rate is too small to move a float32 weight: one serves many splits."""
     path = folder / f"zero{stage}.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
     config = {"dtype": "fp32", "clip_norm": 0.0, "trains": True}
     training = Training(OptimSection(lr=1e-30, schedule="constant", clip_norm=0.0), 100)
     algorithm = AlgorithmSection(entropy_coef=0.01)
-    torch.manual_seed(1)
-    value = load_token_scorer(ValueSection(), model, zero_head=True)
-    torch.nn.init.normal_(value.score.weight)
-    policies = {"policy": False, "policy packed": True}
-    modules = {
-        name: (PolicyModule(load_causal_lm(PolicySection(model=model), model), packing=packing), PolicyObjective(algorithm))
-        for name, packing in policies.items()
-    } | {
-        "value": (ValueModule(value), ValueObjective(algorithm)),
-    }
+    modules = {}
+    for packing in (False, True):
+        policy = PolicyModule(load_causal_lm(PolicySection(model=model), model), packing=packing)
+        torch.manual_seed(1)
+        value = load_token_scorer(ValueSection(), model, zero_head=True)
+        torch.nn.init.normal_(value.score.weight)
+        suffix = " packed" if packing else ""
+        modules[f"policy{suffix}"] = policy, PolicyObjective(algorithm)
+        modules[f"value{suffix}"] = ValueModule(value, packing=packing), ValueObjective(algorithm)
     return {
         name: (DeepSpeedEngine(module, resolve_deepspeed(str(path), **config), rank, training), objective)
         for name, (module, objective) in modules.items()

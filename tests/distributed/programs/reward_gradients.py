@@ -1,6 +1,7 @@
-"""Gradients of the reward model's loss of one batch, over ZeRO stages × numbers of microbatches: a part of gradients.py."""
+"""Gradients of the reward model's loss of one batch, ZeRO stages × numbers of microbatches × padded and packed: a part of gradients.py."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,24 +43,29 @@ def poisoned(batch: PreferenceBatch) -> PreferenceBatch:
     return dataclasses.replace(batch, tokens_NL=tokens, answers_BK=answers)
 
 
-def engine(model: str, stage: int, folder: Path, rank: Rank) -> DeepSpeedEngine:
+def engine(model: str, stage: int, packing: bool, folder: Path, rank: Rank) -> DeepSpeedEngine:
     """At a stage. The learning rate is too small to move a float32 weight, so one engine serves many splits."""
     path = folder / f"zero{stage}.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
     config = resolve_deepspeed(str(path), dtype="fp32", clip_norm=0.0, trains=True)
     training = Training(OptimSection(lr=1e-30, schedule="constant", clip_norm=0.0), 100)
-    return DeepSpeedEngine(RewardModelModule(load_reward_model(EngineSection(), model, 0, 1)), config, rank, training)
+    module = RewardModelModule(load_reward_model(EngineSection(), model, 0, 1), packing=packing)
+    return DeepSpeedEngine(module, config, rank, training)
 
 
 def reward_gradients(model: str, scratch: Path, rank: Rank) -> Iterator[tuple[str, torch.Tensor, float]]:
     """Key, gradient and reported norm of every stage and split."""
     objective = RewardObjective("all_pairs", margins=True, centring=0.05)
-    for stage in range(4):
-        made = engine(model, stage, scratch, rank)
+    for stage, packing in itertools.product(range(4), (False, True)):
+        made = engine(model, stage, packing, scratch, rank)
         every = rows(made.module.model.config.vocab_size)
         mine, weight = every[rank.rank :: rank.world_size], sum(row.weight for row in every)
         for count in (1, 2, 3, 4):
             parts = [poisoned(collate_answers(mine[number::count])) for number in range(count) if mine[number::count]]
             made.forward_backward(parts, objective, weight)
             gradient = torch.cat([safe_get_full_grad(p).double().flatten() for p in made.module.parameters()])
-            yield f"reward zero{stage} world{rank.world_size} microbatches{count}", gradient, made.optimizer_step().grad_norm
+            yield (
+                f"reward{' packed' if packing else ''} zero{stage} world{rank.world_size} microbatches{count}",
+                gradient,
+                made.optimizer_step().grad_norm,
+            )
