@@ -14,27 +14,19 @@ both are resident memory with the libraries (`imports` says how much that is bef
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
-import os
-import platform
-import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from manifest import RESULTS, Spread, manifest, spread, write
+from measuring import in_a_process, now, peak
 from rich.console import Console
 from rich.table import Table
 
-RESULTS = Path(__file__).parent / "results"
 VARIANTS = ("full", "LoRA", "QLoRA")
-MIB = 2**20
 WIDTH = 130
 
 
@@ -79,12 +71,13 @@ def main(
     threads: Annotated[int, typer.Option(help="CPU threads")] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     checkpointing: Annotated[bool, typer.Option(help="recompute activations in the backward pass")] = False,
+    results: Annotated[Path, typer.Option(help="folder of the JSON")] = RESULTS,
     job: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
     """Measures the variants in turn and prints a table; the figures go to benchmarks/results/ as JSON."""
     if job:
-        variant, given = job.split(":", 1)
-        print(json.dumps(asdict(measure(variant, Job(**json.loads(given))))))
+        given = json.loads(job)
+        print(json.dumps(asdict(measure(given.pop("variant"), Job(**given)))))
         return
     from rlhf_dist.models.quiet import quiet_libraries
 
@@ -94,13 +87,12 @@ def main(
         found: dict[str, list[Measurement]] = {variant: [] for variant in VARIANTS}
         for _ in range(repeats):
             for variant in VARIANTS:
-                found[variant].append(in_a_process(variant, work))
+                found[variant].append(Measurement(**in_a_process(__file__, {"variant": variant} | asdict(work), threads)))
     name = Path(model).name if model else f"llama{hidden}x{layers}"
-    report = summary(found) | {"job": asdict(work) | {"model": model or f"random Llama, hidden {hidden}, layers {layers}"}} | manifest()
+    workload = asdict(work) | {"model": model or f"random Llama, hidden {hidden}, layers {layers}"}
+    report = summary(found) | {"job": workload, "manifest": asdict(manifest("ours", workload, threads, device, warm_up=1, repeats=repeats))}
     show(report, name)
-    RESULTS.mkdir(exist_ok=True)
-    file = f"finetuning_{name}_{device}_{dtype}_b{rows}x{length}_t{threads}.json"
-    (RESULTS / file).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write(f"finetuning_{name}_{device}_{dtype}_b{rows}x{length}_t{threads}", report, results)
 
 
 def random_model(folder: Path, hidden: int, layers: int) -> str:
@@ -120,16 +112,6 @@ def random_model(folder: Path, hidden: int, layers: int) -> str:
     )
     LlamaForCausalLM(shape).save_pretrained(folder)
     return str(folder)
-
-
-def in_a_process(variant: str, job: Job) -> Measurement:
-    """One measurement in a fresh Python."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(job.threads)}
-    command = [sys.executable, __file__, "--job", f"{variant}:{json.dumps(asdict(job))}"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{variant} failed:\n{done.stderr[-4000:]}")
-    return Measurement(**json.loads(done.stdout.strip().splitlines()[-1]))
 
 
 def measure(variant: str, job: Job) -> Measurement:
@@ -192,64 +174,15 @@ def rows_of(job: Job, vocabulary: int) -> tuple[Any, int]:
     return collate_demonstrations(rows), job.rows * (job.length - 1)
 
 
-def now(device: str) -> float:
-    """Seconds, with nothing left running on the device."""
-    import torch
-
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def peak(device: str, reset: bool = False) -> float:
-    """The most memory so far in MiB, since the last reset: allocated by torch on a GPU, resident on a CPU (Linux)."""
-    import torch
-
-    gc.collect()
-    if device == "cuda":
-        most = torch.cuda.max_memory_allocated() / MIB
-        if reset:
-            torch.cuda.reset_peak_memory_stats()
-        return most
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    most = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")) / 1024
-    if reset:
-        ctypes.CDLL(None).malloc_trim(0)  # what loading has freed, the weights before they were quantised too, is given back first
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew at what is resident now
-    return most
-
-
 def summary(found: dict[str, list[Measurement]]) -> dict[str, Any]:
     """Medians with their spread, ratios of the medians to full fine-tuning, and every measurement."""
     names = ("tokens_per_second", "training_mib", "process_mib", "imports_mib")
-    medians = {variant: {name: statistics.median(getattr(m, name) for m in all_) for name in names} for variant, all_ in found.items()}
-    spread = {
-        variant: {name: [min(getattr(m, name) for m in all_), max(getattr(m, name) for m in all_)] for name in names}
-        for variant, all_ in found.items()
-    }
+    spreads = {variant: {name: spread([getattr(m, name) for m in all_]) for name in names} for variant, all_ in found.items()}
+    medians = {variant: {name: each.median for name, each in found_.items()} for variant, found_ in spreads.items()}
     ratios = {variant: {name: medians[variant][name] / medians["full"][name] for name in names[:3]} for variant in found}
     runs = {variant: [asdict(m) for m in all_] for variant, all_ in found.items()}
-    return {"median": medians, "spread": spread, "ratio_to_full": ratios, "runs": runs}
-
-
-def manifest() -> dict[str, Any]:
-    """What the figures depend on besides the job."""
-    import bitsandbytes
-    import deepspeed
-    import peft
-    import torch
-    import transformers
-
-    libraries = (torch, transformers, peft, bitsandbytes, deepspeed)
-    versions = {library.__name__: str(library.__version__) for library in libraries} | {"python": platform.python_version()}
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"versions": versions, "machine": {"processor": processor(), "cpus": os.cpu_count(), "gpu": gpu}}
-
-
-def processor() -> str:
-    """The CPU's name (Linux)."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    kept = {variant: {name: asdict(each) for name, each in found_.items()} for variant, found_ in spreads.items()}
+    return {"median": medians, "spread": kept, "ratio_to_full": ratios, "runs": runs}
 
 
 def show(report: dict[str, Any], name: str) -> None:
@@ -259,12 +192,11 @@ def show(report: dict[str, Any], name: str) -> None:
     table = Table(title=f"{name}, {counted:.0f}M parameters, {job['dtype']}, {job['rows']} rows of {job['length']} tokens, {job['device']}")
     for column in ("", "trained", "training MiB", "to full", "process MiB", "to full", "tokens/s", "to full"):
         table.add_column(column, justify="right" if column else "left")
-    for variant, median in report["median"].items():
-        ratio, spread, first = report["ratio_to_full"][variant], report["spread"][variant], report["runs"][variant][0]
+    for variant, spreads in report["spread"].items():
+        ratio, first = report["ratio_to_full"][variant], report["runs"][variant][0]
         cells = [f"{first['trained_parameters'] / 1e6:.2f}M"]
         for key, digits in (("training_mib", 0), ("process_mib", 0), ("tokens_per_second", 1)):
-            low, high = spread[key]
-            cells += [f"{median[key]:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})", f"{ratio[key]:.2f}×"]
+            cells += [Spread(**spreads[key]).text(digits), f"{ratio[key]:.2f}×"]
         table.add_row(variant, *cells)
     console = Console(width=WIDTH)
     console.print(table)

@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "transformers", "deepspeed", "ray", "peft")
-MUST_AGREE = ("workload", "machine", "threads", "device", "torch")
+PACKAGES = ("torch", "transformers", "deepspeed", "ray", "peft", "bitsandbytes")
+MUST_AGREE = ("workload", "machine", "threads", "device", "torch", "warm_up")
 
 
 @dataclass(frozen=True)
 class Manifest:
     """One side of a measurement.
 
-    workload: everything that says how much work there is. versions: of the packages of this side's environment.
+    workload: everything that says how much work there is: models, lengths, precision. versions: of the packages of this side's
+    environment. warm_up, repeats: measurements that were thrown away, and that were kept.
     """
 
     side: str
@@ -31,19 +32,22 @@ class Manifest:
     device: str
     torch: str
     versions: dict[str, str]
+    warm_up: int = 0
+    repeats: int = 0
 
 
-def manifest(side: str, workload: Mapping[str, Any], threads: int, device: str) -> Manifest:
+def manifest(side: str, workload: Mapping[str, Any], threads: int, device: str, *, warm_up: int = 0, repeats: int = 0) -> Manifest:
     """The manifest of this process."""
     versions = {"python": platform.python_version()} | {name: found for name in PACKAGES if (found := _version(name))}
-    return Manifest(side, dict(workload), _machine(), threads, device, versions.get("torch", ""), versions)
+    machine = _machine() if device == "cpu" else f"{_machine()}, {_gpu()}"
+    return Manifest(side, dict(workload), machine, threads, device, versions.get("torch", ""), versions, warm_up, repeats)
 
 
 def check_alike(one: Manifest, other: Manifest) -> None:
     """Refuses to compare what cannot be compared.
 
     Raises:
-        ValueError: work, machine, threads, device or the version of torch differ.
+        ValueError: work, machine, threads, device, warm-up or the version of torch differ.
     """
     mine, theirs = asdict(one), asdict(other)
     for name in MUST_AGREE:
@@ -60,16 +64,22 @@ class Spread:
     high: float
     count: int
 
+    def text(self, digits: int = 2) -> str:
+        """For a table: `12.60 (12.38 to 14.21)`; a single measurement has no range."""
+        if self.count == 1:
+            return f"{self.median:.{digits}f}"
+        return f"{self.median:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
+
 
 def spread(values: Sequence[float]) -> Spread:
     """Of one measurement repeated."""
     return Spread(statistics.median(values), min(values), max(values), len(values))
 
 
-def write(name: str, report: Mapping[str, Any]) -> Path:
-    """Keeps a report under benchmarks/results/."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def write(name: str, report: Mapping[str, Any], folder: Path = RESULTS) -> Path:
+    """Keeps a report, by default under benchmarks/results/."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return path
 
@@ -81,6 +91,12 @@ def _machine() -> str:
         names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         model = names[0] if names else model
     return f"{model}, {os.cpu_count()} cores"
+
+
+def _gpu() -> str:
+    import torch
+
+    return str(torch.cuda.get_device_name())
 
 
 def _version(name: str) -> str:

@@ -1,4 +1,8 @@
-"""The other side of against_trl.py: our PPO loop in one plain process. See there, and trl_ppo.py, for the protocol."""
+"""Our PPO loop in one plain process, one iteration a turn, with forced lengths: a side of against_trl.py, scaling.py and roofline.py.
+
+It reads a job (JSON, `workload.write_job`) from its first argument, prints its manifest, and after each iteration prints a line of JSON
+and waits for a line on standard input. `overrides` of the job are `key=value` of the config.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +17,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from manifest import manifest
+from workload import write_config
 
-from rlhf_dist.cli.programs import PPOProgram
+from rlhf_dist.cli.programs import program_of
 from rlhf_dist.cli.spmd_launch import spmd_groups
+from rlhf_dist.config.loading import load_config
 from rlhf_dist.config.ppo import PPOConfig
 from rlhf_dist.engines.process import free_port, start_process_group
 from rlhf_dist.models.quiet import quiet_libraries
@@ -23,8 +29,6 @@ from rlhf_dist.rollout.native import NativeEngine
 from rlhf_dist.runs.folder import RunFolder
 from rlhf_dist.runs.progress import NullReporter
 from rlhf_dist.runs.recorder import Recorder
-
-DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 
 
 class Turns(NullReporter):
@@ -34,8 +38,9 @@ class Turns(NullReporter):
         self.began = 0.0
 
     def message(self, text: str) -> None:
-        """The preflight has passed: the first iteration may begin."""
-        self.wait()
+        """Once the preflight has passed the first iteration may begin."""
+        if text.startswith("preflight passed"):
+            self.wait()
 
     def step(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
         """An iteration is over."""
@@ -45,8 +50,9 @@ class Turns(NullReporter):
         self.wait()
 
     def wait(self) -> None:
-        """Blocks until the driver says so."""
-        sys.stdin.readline()
+        """Blocks until the driver says so; a driver that is gone ends the run."""
+        if not sys.stdin.readline():
+            raise SystemExit("the driver has ended")
         self.began = time.perf_counter()
 
 
@@ -58,34 +64,13 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(job["threads"])
     rank = start_process_group(0, 1, 0, "127.0.0.1", free_port())
-    program = PPOProgram(PPOConfig.model_validate(config(job)))
+    program = program_of(load_config(PPOConfig, write_config(job), job.get("overrides", ())))
     force_lengths(job["lengths"])
     with spmd_groups(program, rank) as groups:
-        facts = manifest("ours", job["workload"], job["threads"], "cpu")
+        facts = manifest("ours", job["workload"], job["threads"], rank.device)
         print("MANIFEST " + json.dumps(dataclasses.asdict(facts)), flush=True)
         folder = RunFolder.create(job["folder"], "ours")
         program.run(groups, Recorder(folder), Turns())
-
-
-def config(job: Mapping[str, Any]) -> dict[str, Any]:
-    """The run as a config: one PPO epoch of four minibatches, all models in one precision."""
-    folder = Path(job["folder"])
-    prompts = folder / "prompts.jsonl"
-    text = [" ".join(f"t{token}" for token in prompt[1:]) for prompt in job["prompts"]]
-    prompts.write_text("".join(json.dumps({"prompt": line}) + "\n" for line in text))
-    engine = {"dtype": DTYPES[job["dtype"]]}
-    return {
-        "run": {"steps": job["iterations"], "output_dir": str(folder), "name": "ours"},
-        "data": {"train": str(prompts), "max_prompt_tokens": 64},
-        "policy": {"model": job["policy"], "optim": {"lr": 1e-6}} | engine,
-        "reference": engine,
-        "value": {"optim": {"lr": 1e-6}} | engine,
-        "reward": {"sources": [{"kind": "model", "name": "random", "model": job["scorer"]}]} | engine,
-        "rollout": {"prompts_per_step": len(job["prompts"]), "max_new_tokens": max(job["lengths"]), "slots": len(job["prompts"])},
-        # As TRL does it: the log-probs of sampling are the old ones.
-        "algorithm": {"epochs": 1, "minibatches": job["minibatches"], "old_logprobs": "sampler"},
-        "placement": {"launcher": "spmd", "threads_per_rank": job["threads"]},
-    }
 
 
 def force_lengths(lengths: list[int]) -> None:
