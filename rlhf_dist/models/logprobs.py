@@ -76,13 +76,13 @@ class _TokenLogprobs(torch.autograd.Function):
         gradient_NV = torch.empty_like(logits_NV)
         for rows in _chunks(len(logits_NV), ctx.size):
             shifted_NV = _scaled(logits_NV[rows], ctx.temperature) - most_N[rows, None]
-            part_NV = shifted_NV.exp()
             weight_N1 = grad_logprob_N[rows, None] / -mass_N[rows, None]
             if grad_entropy_N is None:
-                part_NV *= weight_N1
+                part_NV = shifted_NV.exp_().mul_(weight_N1)
             else:  # ∂H/∂l = −p (log p + H)
+                terms_NV = shifted_NV.exp()
                 excess_NV = _finite(shifted_NV) + (entropy_N[rows] - mass_N[rows].log())[:, None]
-                part_NV *= weight_N1 - excess_NV * (grad_entropy_N[rows] / mass_N[rows])[:, None]
+                part_NV = terms_NV * (weight_N1 - excess_NV * (grad_entropy_N[rows] / mass_N[rows])[:, None])
             part_NV.scatter_add_(1, tokens_N[rows, None], grad_logprob_N[rows, None])
             gradient_NV[rows] = part_NV if ctx.temperature == 1.0 else part_NV.div_(ctx.temperature)
         return gradient_NV, None, None, None
