@@ -20,6 +20,7 @@ if has_gpu; then package=vllm; fi
 key="$(cat "${BASH_SOURCE[0]}" constraints-cpu.txt setup.cfg <(printf '%s %s' "$ROOT" "$package") | sha256sum | cut -d ' ' -f 1)"
 if [[ -f "$VENV/.installed-vllm" && "$(<"$VENV/.installed-vllm")" == "$key" ]]; then exit 0; fi
 
+if [[ -x "$VENV/bin/python" ]] && ! "$VENV/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then rm -rf "$VENV"; fi
 if [[ ! -x "$VENV/bin/python" ]]; then "$(supported_python)" -m venv "$VENV"; fi
 "$VENV/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || die "vLLM $VLLM_VERSION needs Python 3.11 or 3.12: name one with PYTHON=/path/to/python"
 mapfile -t index_options < <(torch_index_options)

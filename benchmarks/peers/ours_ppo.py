@@ -23,6 +23,7 @@ from rlhf_dist.cli.programs import program_of
 from rlhf_dist.cli.spmd_launch import spmd_groups
 from rlhf_dist.config.loading import load_config
 from rlhf_dist.config.ppo import PPOConfig
+from rlhf_dist.coordinator.preflight import PROBE_STEP
 from rlhf_dist.engines.process import free_port, start_process_group
 from rlhf_dist.models.quiet import quiet_libraries
 from rlhf_dist.rollout.native import NativeEngine
@@ -78,7 +79,11 @@ def force_lengths(lengths: list[int]) -> None:
     plain = NativeEngine.generate
 
     def generate(self: Any, rows: Any, params: Any, key: Any) -> Any:
-        if len(rows) == len(lengths):
+        if key.step != PROBE_STEP:
+            if len(rows) != len(lengths):
+                raise SystemExit(
+                    f"the job forces {len(lengths)} lengths at once, our config samples {len(rows)} rows: do not change the work"
+                )
             rows = [dataclasses.replace(row, max_new_tokens=length) for row, length in zip(rows, lengths, strict=True)]
         return plain(self, rows, dataclasses.replace(params, stop_tokens=()), key)
 

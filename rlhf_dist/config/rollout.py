@@ -55,4 +55,6 @@ class RolloutSection(Section):
                 raise ValueError(f"{', '.join(unused)} would change nothing, because the policy's own processes sample: set rollout.ranks")
         if self.engine == "vllm" and (self.top_k or self.top_p < 1):
             raise ValueError("engine: vllm gives no log-probs of the unfiltered distribution beside top_k and top_p: switch them off")
+        if self.engine == "vllm" and not 0.01 <= self.temperature <= 2:
+            raise ValueError("engine: vllm takes temperatures from 0.01 to 2")
         return self

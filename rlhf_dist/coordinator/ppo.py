@@ -136,7 +136,7 @@ class PPOCoordinator:
         self.reporter.message("preflight passed: " + ", ".join(f"{k.split('/', 1)[1]} {v:.2g}" for k, v in seen.items()))
         for what in self.groups.turn.stays:
             self.reporter.message(f"placement.offload: {what}")
-        self.recorder.metrics(0, seen | self._evaluate(0) | self.groups.turn.metrics())
+        self.recorder.metrics(0, seen | self.synced | self._evaluate(0) | self.groups.turn.metrics())
 
     def _generate(self, step: int, version: int) -> list[Shard]:
         """Asks every rank for its shards of a step, this one or a later one, fixed before it begins."""
@@ -159,6 +159,9 @@ class PPOCoordinator:
         return experience
 
     def _sync_weights(self, version: int) -> None:
+        if self.groups.rollout is not None:  # with one deadline for each step that was asked for, and before the policy stands in a gather
+            for shards in self.pipeline.pending.values():
+                collect_rollouts(self.groups.rollout, shards)
         self.groups.turn(self.groups.policy, self.groups.sampler, needs="sync")
         self.synced = self.sync(version)
         self.state.policy_version = version

@@ -32,7 +32,9 @@ class Tolerance:
     """Limits of law 3 over tokens: |ρ − 1| and |k1| (`ratio`), the log-prob gap (`sampler`), each on mean and maximum; the clip fraction.
 
     The mean tells: what goes wrong moves it by orders of magnitude. Rounding alone has a tail (1.2e-5 in fp32 on unlikely tokens of a tiny
-    model), so the maximum is held loosely, and in half precision, where padding alone moves logits, not at all.
+    model), so the maximum is held loosely, and in half precision, where padding alone moves logits, not at all. There the sampler's kernels
+    round otherwise than the trainer's: on stories15M and 260K a probe's mean gap is 0.015, at most 0.033 of 240 probes, vLLM's 0.013;
+    a forgotten temperature makes 0.2.
     """
 
     ratio: tuple[float, float]
@@ -44,7 +46,7 @@ class Tolerance:
         """The limits at a precision (DESIGN, law 3)."""
         if dtype == "fp32":
             return Tolerance(ratio=(1e-5, 1e-3), sampler=(1e-4, 1e-2), clipped=0.0)
-        return Tolerance(ratio=(5e-3, math.inf), sampler=(2e-2, math.inf), clipped=1e-3)
+        return Tolerance(ratio=(5e-3, math.inf), sampler=(5e-2, math.inf), clipped=1e-3)
 
 
 def preflight(config: PPOConfig, groups: Groups, version: int) -> dict[str, float]:
@@ -58,7 +60,7 @@ def preflight(config: PPOConfig, groups: Groups, version: int) -> dict[str, floa
     Raises:
         UserError: a breach, with its likely causes; or a reward's own fault.
     """
-    prompts = min(config.rollout.prompts_per_step, 2 * groups.policy.world_size)
+    prompts = min(config.rollout.prompts_per_step, 2 * max(groups.policy.world_size, groups.sampler.world_size))
     limit = min(PROBE_TOKENS, config.rollout.max_new_tokens)
     groups.turn(groups.sampler, needs="sampler")
     shards = generate(groups.sampler, Batch("train", PROBE_STEP, 0, prompts, 1, limit), version, 1)

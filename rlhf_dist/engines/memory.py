@@ -10,7 +10,8 @@ import ctypes
 import os
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # <malloc.h> of glibc
-LARGEST_KEPT, NEVER = 2**30, 2**31 - 1
+LARGEST_KEPT, OLD_LARGEST, NEVER = 2**30, 2**25, 2**31 - 1
+"""Older releases of glibc take no threshold above 32 MiB."""
 CHOSEN_BY_USER = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES", "LD_PRELOAD")
 
 
@@ -25,4 +26,7 @@ def keep_freed_memory() -> bool:
     if any(os.environ.get(name) for name in CHOSEN_BY_USER):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and bool(mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)) and bool(mallopt(M_TRIM_THRESHOLD, NEVER))
+    if mallopt is None:
+        return False
+    kept = any(mallopt(M_MMAP_THRESHOLD, size) for size in (LARGEST_KEPT, OLD_LARGEST))
+    return kept and bool(mallopt(M_TRIM_THRESHOLD, NEVER))

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_dist.config.errors import UserError
+
 SMALLEST = 1024
 """Bytes; step counters and the like stay where they are."""
 FOLLOWED = "deepspeed.runtime"
@@ -53,11 +55,11 @@ class Parking:
             storages: come back with their bytes. scratch: come back with any.
 
         Raises:
-            OSError: the folder of temporary files is full.
+            UserError: the folder of temporary files is full.
         """
         assert not self._parked, "restore what lies here first"
         began = time.perf_counter()
-        kept, lost = ([storage for storage in part if storage.nbytes() >= SMALLEST and storage.resizable()] for part in (storages, scratch))
+        kept, lost = ([storage for storage in part if self._takes(storage)] for part in (storages, scratch))
         self._parked, self._kept = [(storage, storage.nbytes()) for storage in kept + lost], len(kept)
         if self._device.type == "cuda":
             self._to_host(kept)
@@ -98,11 +100,29 @@ class Parking:
 
     def _to_file(self, storages: list[torch.UntypedStorage]) -> None:
         """One storage after the other, each emptied before the next: at no time is much in memory twice."""
-        self._file = tempfile.TemporaryFile(prefix="rlhf_dist_offload_")  # noqa: SIM115 (until it is restored)
-        for storage in storages:
-            self._file.write(_memory(storage))
-            storage.resize_(0)
+        self._file = tempfile.TemporaryFile(prefix="rlhf_dist_offload_", buffering=0)  # noqa: SIM115 (until it is restored)
+        try:
+            for storage in storages:
+                self._write(_memory(storage))
+                storage.resize_(0)
+        except OSError as error:
+            gib = sum(size for _, size in self._parked) / 2**30
+            raise UserError(
+                f"an idle engine of {gib:.1f} GiB does not fit into {tempfile.gettempdir()}: {error.strerror}",
+                where="placement.offload: idle",
+                fix="point TMPDIR to a folder with more room, or set placement.offload=none",
+            ) from error
         self._file.seek(0)
+
+    def _write(self, memory: Any) -> None:
+        """All of it: one call of the system writes 2 GiB at most."""
+        written = 0
+        while written < len(memory):
+            written += self._file.write(memory[written:])
+
+    def _takes(self, storage: torch.UntypedStorage) -> bool:
+        """What DeepSpeed itself keeps in host memory is not on the device; what is mapped or shared cannot be emptied."""
+        return storage.device.type == self._device.type and storage.nbytes() >= SMALLEST and storage.resizable()
 
     def _fetch(self, number: int, storage: torch.UntypedStorage) -> None:
         """Storages come back in the order in which they left."""

@@ -18,13 +18,13 @@ def forward_flops(module: nn.Module) -> FlopModel:
     """
     model: Any = module.model
     config = model.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None) or 0
-    width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    heads, depth = (number_of(config, name) for name in ("num_attention_heads", "num_hidden_layers"))
+    width = number_of(config, "head_dim") or (number_of(config, "hidden_size") // heads if heads else 0)
     head = getattr(model.get_output_embeddings(), "weight", None)
     left_out = {id(table.weight) for table in model.modules() if isinstance(table, nn.Embedding)} | {id(head)}
     share = _active_experts(config)
     layers = sum(whole_size(p) * (share if ".experts." in name else 1.0) for name, p in model.named_parameters() if id(p) not in left_out)
-    return FlopModel(2 * layers, 2.0 * config.num_hidden_layers * heads * width, 0.0 if head is None else 2.0 * whole_size(head))
+    return FlopModel(2 * layers, 2.0 * depth * heads * width, 0.0 if head is None else 2.0 * whole_size(head))
 
 
 def training_flops(module: nn.Module) -> FlopModel:
@@ -53,6 +53,15 @@ def whole_size(parameter: Any) -> int:
     """Numbers in a parameter, also where ZeRO 3 left a shard of it here or it is held in 4 bits."""
     packed = getattr(parameter, "quant_state", None)
     return int(packed.shape.numel() if packed is not None else getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def number_of(config: Any, name: str) -> int:
+    """A setting that is one number, 0 where a model has none or another in every layer: then its attention counts for what is known."""
+    try:
+        value = getattr(config, name, None)
+    except RuntimeError:  # transformers' answer where layers differ
+        return 0
+    return value if isinstance(value, int) else 0
 
 
 def _active_experts(config: Any) -> float:

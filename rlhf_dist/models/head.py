@@ -46,8 +46,10 @@ def is_plain(model: Any) -> bool:
 
 
 def gather_on_gpu(model: nn.Module) -> None:
-    """Moves a model to the GPU that its 4-bit layers are on already; others stay where they are until an engine takes them."""
+    """Moves a model to the GPU that its 4-bit layers are on already, or that its kernels need; others stay until an engine takes them."""
     devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) == 1 and "flash" in str(getattr(getattr(model, "config", None), "_attn_implementation", "")):
+        model.to("cuda")  # its kernels run nowhere else
     if len(devices) > 1:
         model.to(next(device for device in devices if device.type != "cpu"))
 

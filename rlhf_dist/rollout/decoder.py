@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_dist.models.flops import number_of
 from rlhf_dist.rollout.attention import SLOT_ATTENTION
 from rlhf_dist.rollout.kv_cache import DecodePlan, PrefillPlan, SlotCache
 from rlhf_dist.rollout.prefill import SPAN_STEP, Piece, pieces, round_up
@@ -171,4 +172,4 @@ def _kernel(model: nn.Module) -> str:
 def _head_width(model: nn.Module) -> int:
     config: Any = model.config
     text = config.get_text_config()
-    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    return number_of(text, "head_dim") or int(text.hidden_size // text.num_attention_heads)

@@ -30,6 +30,7 @@ LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.01, 2.0
 PREFILL_TOKENS = 8192
 DTYPES: dict[Dtype, str] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 GIB = 2**30
+LEAST_SHARE = 0.01
 SYNC = "weight sync"
 
 
@@ -59,7 +60,8 @@ class VllmSettings:
         _require(self.slots >= 1, f"slots is {self.slots}", "set it to at least 1")
         both = self.memory_share is not None, self.kv_cache_gib is not None
         _require(sum(both) == 1, f"{'both' if all(both) else 'neither'} of memory_share and kv_cache_gib are set", "set one of them")
-        share, gib = self.memory_share or 0.5, self.kv_cache_gib or 1.0
+        share = 0.5 if self.memory_share is None else self.memory_share
+        gib = 1.0 if self.kv_cache_gib is None else self.kv_cache_gib
         _require(0 < share < 1, f"memory_share is {share}", "set it between 0 and 1")
         _require(gib > 0, f"kv_cache_gib is {gib}", "set it above 0")
 
@@ -300,7 +302,8 @@ def _build(settings: VllmSettings) -> Any:
         raise UserError("vLLM is not installed here", where="rollout.engine", fix=fix) from error
     memory: dict[str, Any] = {"gpu_memory_utilization": settings.memory_share}
     if settings.kv_cache_gib is not None:
-        memory = {"kv_cache_memory_bytes": int(settings.kv_cache_gib * GIB)}
+        # vLLM then sizes nothing by the share, but refuses to start unless that much of the GPU is free.
+        memory = {"kv_cache_memory_bytes": int(settings.kv_cache_gib * GIB), "gpu_memory_utilization": LEAST_SHARE}
     try:
         return LLM(
             settings.model,

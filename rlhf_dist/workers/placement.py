@@ -67,6 +67,9 @@ def check_placement(wanted: Sequence[Demand], nodes: Sequence[Node]) -> None:
             too few or too small nodes allow.
     """
     for demand in wanted:
+        if 0 < demand.gpus < 1 and demand.ranks > 1 and not demand.alone:
+            fix = f"give {demand.role} one rank, or whole GPUs: only groups of one rank can share a GPU"
+            raise UserError(f"{demand.ranks} ranks of one group may land on one GPU, which NCCL refuses", where=_where(demand), fix=fix)
         if demand.gpus > 1 and demand.gpus != int(demand.gpus):
             fix = f"set {demand.role}.gpus_per_rank to a whole number, or to a share below 1"
             raise UserError(f"a rank cannot have {demand.gpus:g} GPUs", where=_where(demand), fix=fix)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -161,6 +162,8 @@ class RayGroup:
     def _actor(self, demand: Demand, rank: int, threads: int) -> Any:
         variables = {name: value for name, value in os.environ.items() if name in PASSED_ON or name.startswith(PASSED_ON_PREFIXES)}
         variables |= {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        if not demand.gpus:
+            variables["CUDA_VISIBLE_DEVICES"] = ""  # or Ray leaves every GPU of the node in sight, reserved by others
         options: dict[str, Any] = {
             "num_cpus": demand.cpus,
             "num_gpus": demand.gpus,
@@ -169,7 +172,7 @@ class RayGroup:
         }
         if demand.python:
             variables["PYTHONPATH"] = python_path(variables.get("PYTHONPATH", ""))
-            options["runtime_env"]["py_executable"] = demand.python
+            options["runtime_env"]["py_executable"] = shlex.quote(demand.python)
         return ray.remote(Host).options(**options).remote(os.getcwd())
 
 
@@ -218,5 +221,5 @@ def _late(timeout_s: float, asked: str) -> UserError:
     return UserError(
         f"no answer within {timeout_s:g} s",
         where=asked,
-        fix="a rank may hang or be slow: see the Ray logs, or raise placement.call_timeout_s",
+        fix="a rank may hang or be slow: see the Ray logs, or raise placement.call_timeout_s (start_timeout_s while ranks load)",
     )

@@ -79,7 +79,7 @@ class RolloutWorker:
         Raises:
             UserError: the policy does not answer within the deadline; the model does not hold what was sent.
         """
-        self._weights.wake()
+        self._begin_update()
         if link not in self._receivers:
             self._receivers[link] = Receiver(link, self._rank.rank, self._device)
         return self.hold_weights(version, self._receivers[link].receive(self._target.load_bucket))
@@ -90,7 +90,7 @@ class RolloutWorker:
         Raises:
             UserError: the model has no such weight.
         """
-        self._weights.wake()
+        self._begin_update()
         self._target.load_bucket(bucket)
         return sum(weight.nbytes for weight in bucket.values())
 
@@ -103,6 +103,11 @@ class RolloutWorker:
         held = adopted(self._target, version, sent)
         self._sampler.version = version
         return held
+
+    def _begin_update(self) -> None:
+        """From the first bucket until all have come and were checked, the weights are of no version, and nothing is sampled with them."""
+        self._weights.wake()
+        self._sampler.version = -1
 
 
 def _engine(config: PPOConfig, decode: Decode, device: torch.device) -> tuple[SamplingEngine, WeightTarget, RestingModel | SleepingVllm]:

@@ -105,7 +105,7 @@ def test_the_saved_config_is_the_resolved_one(base: Path) -> None:
 def test_metrics_have_a_line_a_step_under_known_names(base: Path) -> None:
     lines = read_metrics(base / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
-    assert {name.split("/")[0] for name in lines[0]} == {"step", "time", "preflight", "eval"}
+    assert {name.split("/")[0] for name in lines[0]} == {"step", "time", "preflight", "eval", "weight_sync"}
     for line in lines[1:]:
         assert line.keys() >= ECOSYSTEM
     assert [line["episode"] for line in lines[1:]] == [16, 32, 48]
