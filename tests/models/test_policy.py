@@ -147,4 +147,4 @@ def test_in_bf16_a_row_alone_gets_what_it_gets_among_others_bit_for_bit(model_of
         for row, mine in zip(rows, together, strict=True):
             single = padded([row])
             assert torch.equal(module(**module.inputs(single))["logprobs_BT"][0], mine)
-    assert [module.inputs(padded([row]))["tokens"]["input_ids"].shape[1] for row in rows] == [32] * 4
+    assert [module.inputs(padded([row]))["tokens"]["input_ids"].shape[1] for row in rows] == [16, 32, 16, 32]

@@ -204,7 +204,7 @@ def test_a_blank_is_a_text_in_no_pair(module: RewardModelModule) -> None:
 
 def test_half_precision_pads_to_its_step(tiny_model: Path) -> None:
     half = RewardModelModule(load_reward_model(EngineSection(dtype="bf16"), str(tiny_model), 0, 3))  # type: ignore[arg-type]
-    assert half.inputs(batch(TEXTS))["tokens"]["input_ids"].shape[1] == 32
+    assert half.inputs(batch(TEXTS))["tokens"]["input_ids"].shape[1] == 16
 
 
 Encode = Callable[[str], list[int]]
