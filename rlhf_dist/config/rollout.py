@@ -11,6 +11,9 @@ from rlhf_dist.config.section import Section
 OF_RANKS = ("cpus_per_rank", "gpus_per_rank", "python", "weight_sync")
 """What has a meaning only with ranks of its own."""
 
+VLLM_TEMPERATURES = 0.01, 2.0
+"""vLLM raises a lower temperature to the first without a word, and refuses one above the second."""
+
 
 class RolloutSection(Section):
     """Sampling. Without top-k and top-p (the default) the sampled distribution is exactly the trained one."""
@@ -55,6 +58,7 @@ class RolloutSection(Section):
                 raise ValueError(f"{', '.join(unused)} would change nothing, because the policy's own processes sample: set rollout.ranks")
         if self.engine == "vllm" and (self.top_k or self.top_p < 1):
             raise ValueError("engine: vllm gives no log-probs of the unfiltered distribution beside top_k and top_p: switch them off")
-        if self.engine == "vllm" and not 0.01 <= self.temperature <= 2:
-            raise ValueError("engine: vllm takes temperatures from 0.01 to 2")
+        coldest, hottest = VLLM_TEMPERATURES
+        if self.engine == "vllm" and not coldest <= self.temperature <= hottest:
+            raise ValueError(f"engine: vllm takes temperatures from {coldest} to {hottest}")
         return self

@@ -12,9 +12,10 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rlhf_dist.config.engines import EngineSection
 from rlhf_dist.config.errors import UserError
+from rlhf_dist.models.head import wants_one_row
 from rlhf_dist.models.inputs import width_step
 from rlhf_dist.models.loading import context_length, load_pretrained
-from rlhf_dist.models.packing import HEAD_ROUNDING, lively_head, packed_rows, refusal, refuse_leaks, wants_one_row
+from rlhf_dist.models.packing import HEAD_ROUNDING, lively_head, packed_rows, refusal, refuse_leaks
 from rlhf_dist.models.padding import embedding_rows
 
 Transform = Literal["logit", "probability", "log_odds"]

@@ -45,12 +45,17 @@ def is_plain(model: Any) -> bool:
     return len(given) == 1 and given[0].shape == logits.shape and torch.equal(given[0], logits)
 
 
+def wants_one_row(model: Any) -> bool:
+    """Whether the model's attention kernel is a flash kernel, which tells packed sequences apart in a single row only."""
+    return "flash" in model.config._attn_implementation
+
+
 def gather_on_gpu(model: nn.Module) -> None:
     """Moves a model to the GPU that its 4-bit layers are on already, or that its kernels need; others stay until an engine takes them."""
     devices = {parameter.device for parameter in model.parameters()}
-    if len(devices) == 1 and "flash" in str(getattr(getattr(model, "config", None), "_attn_implementation", "")):
+    if wants_one_row(model):
         model.to("cuda")  # its kernels run nowhere else
-    if len(devices) > 1:
+    elif len(devices) > 1:
         model.to(next(device for device in devices if device.type != "cpu"))
 
 

@@ -118,11 +118,6 @@ def first_fit(lengths: Sequence[int], width: int) -> tuple[list[int], int]:
     return starts, len(free)
 
 
-def wants_one_row(model: Any) -> bool:
-    """Whether the model's attention kernel tells sequences apart in a single row only."""
-    return "flash" in model.config._attn_implementation
-
-
 @contextmanager
 def head_at(model: Any, slots_N: Tensor) -> Iterator[None]:
     """Within it the model's head sees the hidden states of these slots of the flattened grid alone: logits are [1, N, V].
@@ -177,8 +172,6 @@ def refuse_leaks(module: Any, inputs: Callable[[], dict[str, Any]], name: str, r
     """
     model = module.model
     gather_on_gpu(model)
-    if wants_one_row(model):
-        model.to("cuda")  # its kernels run nowhere else
     device = next(model.parameters()).device
     module.packing = False
     with torch.no_grad():

@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from rlhf_dist.contracts.experience import SequenceBatch
-from rlhf_dist.models.head import is_plain, logprobs_in_head
+from rlhf_dist.models.head import is_plain, logprobs_in_head, wants_one_row
 from rlhf_dist.models.inputs import blank_batch, model_inputs, response_slots, width_step
 from rlhf_dist.models.logprobs import HeadOptions, logprobs_and_entropy
-from rlhf_dist.models.packing import head_at, packed_inputs, refuse_leaks, three_sequences, wants_one_row
+from rlhf_dist.models.packing import head_at, packed_inputs, refuse_leaks, three_sequences
 
 
 class PolicyModule(nn.Module):

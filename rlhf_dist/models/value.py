@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from rlhf_dist.contracts.experience import SequenceBatch
+from rlhf_dist.models.head import wants_one_row
 from rlhf_dist.models.inputs import blank_batch, model_inputs, width_step
-from rlhf_dist.models.packing import HEAD_ROUNDING, lively_head, packed_states, refuse_leaks, three_sequences, wants_one_row
+from rlhf_dist.models.packing import HEAD_ROUNDING, lively_head, packed_states, refuse_leaks, three_sequences
 
 
 class ValueModule(nn.Module):

@@ -35,6 +35,24 @@ class RolloutRow:
     sample_index: int
     max_new_tokens: int | None = None
 
+    @property
+    def where(self) -> str:
+        """Which row an error is about."""
+        return f"prompt id {self.prompt_id}, sample {self.sample_index}"
+
+    def limit(self, params: SamplingParams) -> int:
+        """Its new tokens at most.
+
+        Raises:
+            UserError: an empty prompt, or no new token to make.
+        """
+        if not self.prompt_tokens:
+            raise UserError("the prompt holds no token", where=self.where, fix="give every prompt at least one token, such as BOS")
+        limit = params.max_new_tokens if self.max_new_tokens is None else min(self.max_new_tokens, params.max_new_tokens)
+        if limit < 1:
+            raise UserError(f"max_new_tokens of the row is {limit}", where=self.where, fix="ask for at least one new token")
+        return limit
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -98,19 +116,14 @@ class NativeEngine:
                 return _Run(decoder, slots, _Work(rows, limits, params, rule, key)).completions()
 
     def _limit(self, row: RolloutRow, params: SamplingParams) -> int:
-        where = f"prompt id {row.prompt_id}, sample {row.sample_index}"
-        if not row.prompt_tokens:
-            raise UserError("the prompt holds no token", where=where, fix="give every prompt at least one token, such as BOS")
-        limit = params.max_new_tokens if row.max_new_tokens is None else min(row.max_new_tokens, params.max_new_tokens)
-        if limit < 1:
-            raise UserError(f"max_new_tokens of the row is {limit}", where=where, fix="ask for at least one new token")
-        self._traits.check_length(len(row.prompt_tokens), limit, where)
+        limit = row.limit(params)
+        self._traits.check_length(len(row.prompt_tokens), limit, row.where)
         return limit
 
 
 @dataclass
-class _Running:
-    """A row being decoded."""
+class RunningRow:
+    """A row being completed; `position` is its place among the rows of the call."""
 
     position: int
     limit: int
@@ -146,7 +159,7 @@ class _Run:
         # Longest prompts first: a run that does not fit in memory fails at its start. Samples of one prompt stand together, so that at
         # most one group is cut by a refill. Popped from the end.
         self._waiting = sorted(range(len(work.rows)), key=lambda i: (len(work.rows[i].prompt_tokens), work.rows[i].prompt_tokens))
-        self._active: list[_Running] = []
+        self._active: list[RunningRow] = []
         self._done: list[Completion | None] = [None] * len(work.rows)
         self._tally = Tally()
 
@@ -166,7 +179,7 @@ class _Run:
         prompts = [self._rows[i].prompt_tokens for i in taken]
         cut = bool(self._waiting) and self._rows[self._waiting[-1]].prompt_tokens == prompts[-1]
         self._decoder.admit(prompts, [i * self._width for i in taken], keep_last=cut)
-        self._active += [_Running(i, self._limits[i]) for i in taken]
+        self._active += [RunningRow(i, self._limits[i]) for i in taken]
 
     def _run(self) -> Draw:
         drawn = draw(self._decoder.step(), self._uniforms[self._decoder.indices_N], self._params)
@@ -185,18 +198,22 @@ class _Run:
             self._active[slot] = self._active[-1]
             self._active.pop()
 
-    def _take(self, running: _Running, token: int, logprob: float) -> bool:
+    def _take(self, running: RunningRow, token: int, logprob: float) -> bool:
         """Appends a token; whether the row has ended."""
         if token < 0:
-            row = self._rows[running.position]
-            raise UserError(
-                "the policy's logits are not finite",
-                where=f"prompt id {row.prompt_id}, sample {row.sample_index}, token {len(running.tokens)}",
-                fix="the weights have overflowed or diverged: lower the learning rate, or use bf16 or fp32 in place of fp16",
-            )
+            raise diverged(self._rows[running.position], len(running.tokens))
         running.tokens.append(token)
         running.logprobs.append(logprob)
         reason = self._rule.reason(running.tokens, running.limit)
         if reason is not None:
             self._done[running.position] = Completion(tuple(running.tokens), tuple(running.logprobs), reason)
         return reason is not None
+
+
+def diverged(row: RolloutRow, token: int) -> UserError:
+    """What to say when there is nothing to sample a row's next token from."""
+    return UserError(
+        "the policy's logits are not finite",
+        where=f"{row.where}, token {token}",
+        fix="the weights have overflowed or diverged: lower the learning rate, or use bf16 or fp32 in place of fp16",
+    )

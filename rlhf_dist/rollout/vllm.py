@@ -18,15 +18,14 @@ from torch import Tensor
 
 from rlhf_dist.config.engines import Dtype
 from rlhf_dist.config.errors import UserError
+from rlhf_dist.config.rollout import VLLM_TEMPERATURES
 from rlhf_dist.contracts.tally import Tally
 from rlhf_dist.models.checksum import MODULUS, checksum
-from rlhf_dist.rollout.native import Completion, RolloutRow, SamplingKey
+from rlhf_dist.rollout.native import Completion, RolloutRow, RunningRow, SamplingKey, diverged
 from rlhf_dist.rollout.sampling import SamplingParams
 from rlhf_dist.rollout.stopping import Decode, StopRule
 from rlhf_dist.rollout.weight_shapes import weight_shapes
 
-LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.01, 2.0
-"""vLLM raises a lower temperature to the first without a word, and refuses one above the second."""
 PREFILL_TOKENS = 8192
 DTYPES: dict[Dtype, str] = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 GIB = 2**30
@@ -117,16 +116,6 @@ class _Sync:
     checksum: int = 0
 
 
-@dataclass
-class _Running:
-    """A row that vLLM is completing."""
-
-    position: int
-    limit: int
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-
-
 class VllmEngine:
     """Samples completions with vLLM; keeps the contract of `NativeEngine`, but for top-k and top-p, which it refuses. One a process.
 
@@ -170,7 +159,7 @@ class VllmEngine:
         limits = [self._limit(row, params) for row in rows]
         # Where a stop string can end a row, every token is looked at as it comes; elsewhere vLLM hands over finished rows.
         requests = [_request(row, limit, params, key) for row, limit in zip(rows, limits, strict=True)]
-        return self._run(rows, requests, [_Running(i, limit) for i, limit in enumerate(limits)], rule)
+        return self._run(rows, requests, [RunningRow(i, limit) for i, limit in enumerate(limits)], rule)
 
     def load_bucket(self, bucket: Mapping[str, Tensor]) -> None:
         """Takes some of the weights, under the names of the model's export, adapters merged. They must not change before `finish_sync`.
@@ -228,20 +217,17 @@ class VllmEngine:
         cleanup_dist_env_and_memory()
 
     def _limit(self, row: RolloutRow, params: SamplingParams) -> int:
-        where = f"prompt id {row.prompt_id}, sample {row.sample_index}"
-        if not row.prompt_tokens:
-            raise UserError("the prompt holds no token", where=where, fix="give every prompt at least one token, such as BOS")
-        limit = params.max_new_tokens if row.max_new_tokens is None else min(row.max_new_tokens, params.max_new_tokens)
-        if limit < 1:
-            raise UserError(f"max_new_tokens of the row is {limit}", where=where, fix="ask for at least one new token")
+        limit = row.limit(params)
         length = len(row.prompt_tokens) + limit
         if length > self._max_model_len:
             fix = "shorten data.max_prompt_tokens or rollout.max_new_tokens, or raise max_model_len"
-            raise UserError(f"prompt and completion may take {length} tokens, max_model_len is {self._max_model_len}", where=where, fix=fix)
+            raise UserError(
+                f"prompt and completion may take {length} tokens, max_model_len is {self._max_model_len}", where=row.where, fix=fix
+            )
         return limit
 
     def _run(
-        self, rows: Sequence[RolloutRow], requests: Sequence[Any], running: Sequence[_Running], rule: StopRule
+        self, rows: Sequence[RolloutRow], requests: Sequence[Any], running: Sequence[RunningRow], rule: StopRule
     ) -> tuple[list[Completion], Tally]:
         engine, tally = self._llm.llm_engine, Tally()
         waiting = {str(next(self._numbers)): one for one in running}
@@ -347,17 +333,13 @@ def _request(row: RolloutRow, limit: int, params: SamplingParams, key: SamplingK
     )
 
 
-def _take(running: _Running, row: RolloutRow, output: Any, rule: StopRule) -> Completion | None:
+def _take(running: RunningRow, row: RolloutRow, output: Any, rule: StopRule) -> Completion | None:
     """Appends what came; the completion if the row has ended."""
     piece = output.outputs[0]
     for token, start in zip(piece.token_ids, piece.logprobs.start_indices, strict=True):
         logprob = piece.logprobs.logprobs[start]
         if not -float("inf") < logprob <= 0:
-            raise UserError(
-                "the policy's logits are not finite",
-                where=f"prompt id {row.prompt_id}, sample {row.sample_index}, token {len(running.tokens)}",
-                fix="the weights have overflowed or diverged: lower the learning rate, or use bf16 or fp32 in place of fp16",
-            )
+            raise diverged(row, len(running.tokens))
         running.tokens.append(token)
         running.logprobs.append(logprob)
         reason = rule.reason(running.tokens, running.limit)
@@ -373,8 +355,9 @@ def _check_params(params: SamplingParams) -> None:
         # Its log-probs are either of the filtered distribution, or of the unfiltered one at temperature 1.
         what = "vLLM does not report the log-probs of the unfiltered distribution beside top-k and top-p"
         raise UserError(what, where="rollout.top_k, rollout.top_p", fix="set top_k to 0 and top_p to 1, or use the native engine")
-    if not LOWEST_TEMPERATURE <= params.temperature <= HIGHEST_TEMPERATURE:
-        fix = f"set it between {LOWEST_TEMPERATURE} and {HIGHEST_TEMPERATURE}, or use the native engine"
+    coldest, hottest = VLLM_TEMPERATURES
+    if not coldest <= params.temperature <= hottest:
+        fix = f"set it between {coldest} and {hottest}, or use the native engine"
         raise UserError(f"vLLM does not sample at temperature {params.temperature}", where="rollout.temperature", fix=fix)
 
 
