@@ -7,7 +7,11 @@ iteration at a time, and the table shows medians. Iterations before `--warm-up` 
 
 What differs, because it is what is measured: ours drops finished rows and sorts microbatches by length, and keeps fp32 master weights
 with bf16. Both generate, score with four models, estimate advantages and take four steps of two optimisers' worth of AdamW. Our config can
-be changed on the command line (`policy.attention=eager`); what was changed stands in the result.
+be changed on the command line (`policy.attention=eager`); what was changed stands in the result and in the name of its file.
+
+TRL's turn trains on the tokens that ours has sampled in the same round, in the same minibatches. Each side reports what it loaded and what
+it did (`likeness.py`): models, settings, prompts, lengths, minibatches, optimizer steps, trained tokens, learning rate; and what came of
+it: log-probs, scores, KL, losses, gradient norms. Sides that did not do the same are refused, round by round.
 
     python -m venv peer && peer/bin/pip install torch==2.13.0 trl==1.12.0 "transformers<5.20"
     python benchmarks/against_trl.py --peer peer/bin/python --dtype bfloat16
@@ -21,11 +25,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from manifest import Manifest, check_alike, spread, write
+from likeness import TOLERANCES, check_did
+from manifest import RESULTS, change_suffix, check_alike, spread, write
 from rich.console import Console
 from rich.table import Table
 from turns import Side, ours, take_turns
-from workload import Shape, make_rows, save_models, write_job
+from workload import Rounds, Shape, make_rows, save_models, write_job
 
 HERE = Path(__file__).parent
 
@@ -41,37 +46,63 @@ def main(
     threads: Annotated[int, typer.Option(help="CPU threads of each side")] = 2,
     hidden: Annotated[int, typer.Option(help="hidden size")] = 512,
     layers: Annotated[int, typer.Option(help="layers")] = 8,
+    vocabulary: Annotated[int, typer.Option(help="words of the tokenizer")] = 32000,
+    results: Annotated[Path, typer.Option(help="folder of the JSON")] = RESULTS,
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value of our config")] = None,
 ) -> None:
     """Runs both sides in turns and prints a table; the figures go to benchmarks/results/ as JSON."""
-    workload: dict[str, Any] = {"dtype": dtype, "ragged": ragged, "rows": rows, "limit": limit, "hidden": hidden, "layers": layers}
-    workload |= {"minibatches": 4, "overrides": overrides or []}
+    workload: dict[str, Any] = {"dtype": dtype, "ragged": ragged, "rows": rows, "limit": limit, "minibatches": 4}
+    workload |= {"hidden": hidden, "layers": layers, "vocabulary": vocabulary, "overrides": overrides or []}
+    rounds, work = Rounds(repeats, warm_up), make_rows(rows, limit, ragged=ragged, vocabulary=vocabulary)
     with tempfile.TemporaryDirectory() as temporary:
-        folder, work = Path(temporary), make_rows(rows, limit, ragged=ragged)
-        job = write_job(folder, save_models(folder, Shape(hidden, layers)), workload, work, iterations=repeats + warm_up, threads=threads)
+        folder = Path(temporary)
+        job = write_job(folder, save_models(folder, Shape(hidden, layers, vocabulary)), workload, work, rounds=rounds, threads=threads)
         sides = {"ours": ours(job, "cpu"), "TRL": Side([str(peer), str(HERE / "peers" / "trl_ppo.py"), str(job)])}
-        manifests = {name: side.manifest for name, side in sides.items()}
-        check_alike(manifests["ours"], manifests["TRL"])
-        measured = take_turns(sides, repeats, warm_up)
-    report = summary(measured, workload, manifests["ours"], manifests["TRL"])
+        measured, done = compare(sides, rounds)
+        manifests = {name: asdict(side.manifest) for name, side in sides.items()}
+    report = summary(measured) | manifests | {"workload": workload | work.facts(), "done": done}
     show(report)
     shape = "ragged" if ragged else "full"
-    write(f"against_trl_{shape}_{dtype}_r{rows}_t{threads}", report)
+    write(f"against_trl_{shape}_{dtype}_r{rows}_t{threads}{change_suffix(overrides or [])}", report, results)
 
 
-def summary(measured: dict[str, list[dict[str, float]]], workload: dict[str, Any], mine: Manifest, theirs: Manifest) -> dict[str, Any]:
+def compare(sides: dict[str, Side], rounds: Rounds) -> tuple[dict[str, list[dict[str, float]]], list[dict[str, Any]]]:
+    """Measurements of the sides in turns, and what each did in each round (those of the warm-up too).
+
+    Raises:
+        ValueError: the sides did not do the same, or there was no round whose results could be compared.
+    """
+    done: list[dict[str, Any]] = []
+
+    def look() -> None:
+        done.append({name: side.read("DID") for name, side in sides.items()})
+        done[-1]["compared"] = check_did(done[-1]["ours"], done[-1]["TRL"])
+
+    try:
+        check_alike(sides["ours"].manifest, sides["TRL"].manifest)
+        measured = take_turns(sides, rounds.repeats, rounds.warm_up, look)
+    finally:
+        for side in sides.values():
+            side.close()
+    if not any(each["compared"] for each in done):
+        raise ValueError("special tokens were sampled in every round: no results could be compared; take more rounds or more words")
+    return measured, done
+
+
+def summary(measured: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
     """What is kept: every measurement, medians with their spread, the ratio."""
     phases = {
         side: {phase: asdict(spread([line[phase] for line in lines])) for phase in lines[0] if all(phase in line for line in lines)}
         for side, lines in measured.items()
     }
     ratio = phases["TRL"]["seconds"]["median"] / phases["ours"]["seconds"]["median"]
-    return {"ratio": ratio, "seconds": phases, "measured": measured, "ours": asdict(mine), "TRL": asdict(theirs)} | {"workload": workload}
+    rounds = [theirs["seconds"] / mine["seconds"] for mine, theirs in zip(measured["ours"], measured["TRL"], strict=True)]
+    return {"ratio": ratio, "ratio_of_rounds": asdict(spread(rounds)), "seconds": phases, "measured": measured}
 
 
 def show(report: dict[str, Any]) -> None:
     """The table a person reads."""
-    workload = report["ours"]["workload"]
+    workload = report["workload"]
     title = f"{workload['rows']} completions, {workload['tokens']} tokens, {workload['dtype']}, {report['ours']['threads']} threads"
     table = Table(title=title)
     for column in ("", "iteration, s", "lowest to highest", "generation, s"):
@@ -81,8 +112,16 @@ def show(report: dict[str, Any]) -> None:
         total = seconds["seconds"]
         generation = f"{seconds['generate']['median']:.2f}"
         table.add_row(side, f"{total['median']:.2f}", f"{total['low']:.2f} to {total['high']:.2f}", generation)
-    table.add_row("ratio", f"{report['ratio']:.2f}", "", "")
-    Console().print(table)
+    rounds = report["ratio_of_rounds"]
+    table.add_row("ratio", f"{report['ratio']:.2f}", f"{rounds['low']:.2f} to {rounds['high']:.2f}", "")
+    console = Console()
+    console.print(table)
+    first = next(each for each in report["done"] if each["compared"])
+    mine, theirs = (first[side]["result"] for side in ("ours", "TRL"))
+    told = [f"{name} {mine[name]:.4g} and {theirs[name]:.4g}" for name in TOLERANCES if name in mine and name in theirs]
+    console.print(
+        f"{sum(each['compared'] for each in report['done'])} rounds had like results, ours and TRL's in the first: " + ", ".join(told)
+    )
 
 
 if __name__ == "__main__":

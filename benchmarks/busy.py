@@ -93,10 +93,10 @@ class WatchedPPO(PPOProgram):
         """The role's worker, watched."""
         return functools.partial(_build_watched, super().factory(role))
 
-    def run(self, groups: Mapping[str, Any], recorder: Recorder, reporter: Reporter) -> dict[str, Any]:
-        """The PPO loop; then the intervals of all workers are collected."""
+    def run(self, groups: Mapping[str, Any], recorder: Recorder, reporter: Reporter, *others: Any) -> dict[str, Any]:
+        """The PPO loop; then the intervals of all workers are collected. others: of the program, passed on."""
         watched = IterationReporter(reporter)
-        summary = super().run(groups, recorder, watched)
+        summary = super().run(groups, recorder, watched, *others)
         busy = {name: group.collect(group.submit(WatchedWorker.busy_intervals, [()] * group.world_size)) for name, group in groups.items()}
         if recorder.folder:
             (recorder.folder.root / FILE).write_text(json.dumps({"iterations": watched.iterations, "busy": busy}), encoding="utf-8")

@@ -21,7 +21,7 @@ from manifest import RESULTS, Spread, manifest, spread, write
 from measuring import GIVES_BACK, MIB, held, here, in_a_process, peak
 from rich.console import Console
 from rich.table import Table
-from workload import Shape, make_rows, save_models, write_config, write_job
+from workload import Rounds, Shape, make_rows, save_models, write_config, write_job
 
 WAYS = ("none", "idle")
 FIGURES = ("load", "run", "step_seconds", "offload_seconds", "resting")
@@ -53,7 +53,7 @@ def main(
         for number in range(repeats):
             for way in WAYS:
                 changes = workload | {"overrides": [f"placement.offload={way}"]}
-                path = write_job(Path(temporary) / f"{way}{number}", models, changes, work, iterations=steps, threads=threads)
+                path = write_job(Path(temporary) / f"{way}{number}", models, changes, work, rounds=Rounds(steps), threads=threads)
                 found[way].append(in_a_process(__file__, {"path": str(path)}, threads, GIVES_BACK))
     once = found[WAYS[0]][0]["weights"]
     arithmetic = {"held": 2 * TRAINED * once + 2 * once, "largest": TRAINED * once}

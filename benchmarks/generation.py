@@ -3,6 +3,8 @@
 Every side is a process of its own with the same model, prompts, forced lengths, precision and number of threads; they take turns, one round
 at a time, and the table shows medians. vLLM has an environment of its own (`bash launch/vllm_env.sh`), named by `--vllm`, and runs twice:
 left to itself, and as `rlhf_dist` uses it (a seed a row, log-probs). The sides that report log-probs are held against a plain forward.
+Each side's manifest says how it does it (`settings`): slots, pages, attention, and vLLM whether it runs eager or compiled (`--compiled`;
+through our engine it is compiled on GPUs alone).
 
 The model is a random Llama of 41M parameters unless `--model` names a folder; 32 prompts of up to 48 tokens, completions of up to 128,
 log-normal with a third of the limit on average, or all of full length.
@@ -29,6 +31,7 @@ from turns import Side, take_turns
 from workload import Rows, Shape, make_rows, save_models
 
 PEER = Path(__file__).parent / "peers" / "generating.py"
+WIDTH = 130
 OURS, THEIRS = ("native", "generate", "continuous"), ("vllm", "vllm_engine")
 LABELS = {"generate": "transformers generate", "continuous": "continuous batching", "vllm": "vLLM", "vllm_engine": "vLLM, our engine"}
 
@@ -72,7 +75,8 @@ def main(
     report = summary(measured, sum(work.lengths)) | {name: asdict(side.manifest) for name, side in started.items()}
     show(report, names)
     kind = Path(model).name or f"llama{hidden}x{layers}"
-    write(f"generation_{kind}_{device}_{'ragged' if ragged else 'full'}_{dtype}_r{rows}_t{threads}", report, results)
+    size = f"{'ragged' if ragged else 'full'}_{dtype}_r{rows}_t{threads}{'_compiled' if compiled else ''}"
+    write(f"generation_{kind}_{device}_{size}", report, results)
 
 
 def chosen(sides: str, vllm: Path | None) -> list[str]:
@@ -127,10 +131,15 @@ def show(report: dict[str, Any], names: list[str]) -> None:
         gap = report["logprob_gap"].get(name)
         ratio = Spread(**report["native_is_faster"][name]).text() if name != "native" else ""
         seconds = Spread(**report["seconds"][name]).text()
+        mode = report[name]["settings"].get("execution", "")
         table.add_row(
-            LABELS.get(name, name), seconds, f"{report['tokens_per_second'][name]:.0f}", ratio, f"{gap['largest']:.1e}" if gap else ""
+            LABELS.get(name, name) + (f", {mode}" if mode else ""),
+            seconds,
+            f"{report['tokens_per_second'][name]:.0f}",
+            ratio,
+            f"{gap['largest']:.1e}" if gap else "",
         )
-    Console().print(table)
+    Console(width=WIDTH).print(table)
 
 
 if __name__ == "__main__":

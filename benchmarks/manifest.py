@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
+import re
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "transformers", "deepspeed", "ray", "peft", "bitsandbytes")
+PACKAGES = ("torch", "transformers", "deepspeed", "ray", "peft", "bitsandbytes", "trl", "vllm")
+LONGEST_SUFFIX = 180
 MUST_AGREE = ("workload", "machine", "threads", "device", "torch", "warm_up")
 
 
@@ -22,7 +25,8 @@ class Manifest:
     """One side of a measurement.
 
     workload: everything that says how much work there is: models, lengths, precision. versions: of the packages of this side's
-    environment. warm_up, repeats: measurements that were thrown away, and that were kept.
+    environment. warm_up, repeats: measurements that were thrown away, and that were kept. settings: how this side does the work, where
+    sides may differ because that is what is measured.
     """
 
     side: str
@@ -34,6 +38,7 @@ class Manifest:
     versions: dict[str, str]
     warm_up: int = 0
     repeats: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def manifest(side: str, workload: Mapping[str, Any], threads: int, device: str, *, warm_up: int = 0, repeats: int = 0) -> Manifest:
@@ -82,6 +87,17 @@ def write(name: str, report: Mapping[str, Any], folder: Path = RESULTS) -> Path:
     path = folder / f"{name}.json"
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return path
+
+
+def change_suffix(overrides: Sequence[str]) -> str:
+    """What `key.path=value` changes add to the name of a report, so that no run overwrites another's; empty without any.
+
+    Changes too long for the name of a file are told apart by a hash; the report itself holds them.
+    """
+    text = "".join("_" + re.sub(r"[^\w.=-]+", "-", change) for change in overrides)
+    if len(text) <= LONGEST_SUFFIX:
+        return text
+    return f"_{len(overrides)}-changes-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def _machine() -> str:

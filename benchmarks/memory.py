@@ -66,7 +66,7 @@ def main(
     dtype: Annotated[str, typer.Option(help="fp32 or bf16")] = "fp32",
     hidden: Annotated[int, typer.Option(help="hidden size, but for the head's question")] = 512,
     layers: Annotated[int, typer.Option(help="layers, but for the head's question")] = 8,
-    repeats: Annotated[int, typer.Option(help="processes of each variant")] = 1,
+    repeats: Annotated[int, typer.Option(help="processes of each variant")] = 3,
     threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
     results: Annotated[Path, typer.Option(help="folder of the JSON")] = RESULTS,
     job: Annotated[str, typer.Option(hidden=True)] = "",
@@ -93,7 +93,7 @@ def main(
     workload = asdict(load) | {"variants": [asdict(variant) for variant in chosen]}
     report = {"mib": {name: _spreads(lines) for name, lines in found.items()}, "measured": found}
     show(report, f"MiB, {rows} rows with completions of {limit} tokens, {dtype}, {device}")
-    facts = manifest("ours", workload, threads, device, repeats=repeats)
+    facts = manifest("ours", workload, threads, device, warm_up=STEPS - 1, repeats=repeats)
     write(f"memory_llama{hidden}x{layers}_{device}_{dtype}_r{rows}x{limit}_t{threads}", report | {"manifest": asdict(facts)}, results)
 
 
@@ -128,7 +128,8 @@ def measure(variant: Variant, load: Load, model: str) -> dict[str, float]:
 
     torch.set_num_threads(load.threads)
     place = start_process_group(0, 1, 0, "127.0.0.1", free_port())
-    meter, batch = Meter(place.device), experience(make_rows(load.rows, load.limit, ragged=False), variant.shape.vocabulary)
+    rows = make_rows(load.rows, load.limit, ragged=False, vocabulary=variant.shape.vocabulary)
+    meter, batch = Meter(place.device), experience(rows, variant.shape.vocabulary)
     engine: Any = meter.phase("load", lambda: _engine(variant, load, model, place))
     engine.forward([batch])
     meter.phase("score", lambda: engine.forward([batch]))

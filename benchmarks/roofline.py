@@ -15,18 +15,18 @@ from __future__ import annotations
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from ceilings import ceilings as measure_ceilings
 from limits import Ceilings, Iteration, Lengths
-from manifest import RESULTS, Spread, manifest, spread, write
+from manifest import Spread, change_suffix, manifest, spread, write
 from measuring import here
+from options import Options, command
 from rich.console import Console
 from rich.table import Table
 from turns import ours
-from workload import Rows, Shape, llama_config, make_rows, sampled, save_models, without_head, write_job
+from workload import Rounds, Rows, Shape, llama_config, make_rows, sampled, save_models, without_head, write_job
 
 from rlhf_dist.config.loading import read_values
 
@@ -34,39 +34,24 @@ PHASES = ("generate", "score", "train")
 WIDTHS = {"float32": 4, "bfloat16": 2}
 
 
-def main(
-    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value of the PPO config")] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
-    ragged: Annotated[bool, typer.Option("--ragged/--full", help="log-normal lengths, or all of full length")] = True,
-    rows: Annotated[int, typer.Option(help="completions of an iteration")] = 32,
-    limit: Annotated[int, typer.Option(help="longest completion, in tokens")] = 128,
-    repeats: Annotated[int, typer.Option(help="timed iterations")] = 5,
-    warm_up: Annotated[int, typer.Option(help="iterations before those")] = 1,
-    threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
-    hidden: Annotated[int, typer.Option(help="hidden size")] = 512,
-    layers: Annotated[int, typer.Option(help="layers")] = 8,
-    vocabulary: Annotated[int, typer.Option(help="words of the tokenizer")] = 32000,
-    results: Annotated[Path, typer.Option(help="folder of the JSON")] = RESULTS,
-) -> None:
+def main(given: Options) -> None:
     """Measures ceilings and iterations and prints a table; the figures go to benchmarks/results/ as JSON."""
-    shape, device = Shape(hidden, layers, vocabulary), here()
-    work = make_rows(rows, limit, ragged=ragged, vocabulary=vocabulary)
-    workload = (
-        {"dtype": dtype, "ragged": ragged, "limit": limit, "minibatches": 4, "overrides": overrides or []} | asdict(shape) | work.facts()
-    )
+    shape, device = given.shape, here()
+    work = make_rows(given.rows, given.limit, ragged=given.ragged, vocabulary=shape.vocabulary)
     with tempfile.TemporaryDirectory() as temporary:
-        models = save_models(Path(temporary) / "models", shape)
-        job = write_job(Path(temporary) / "run", models, workload, work, iterations=repeats + warm_up, threads=threads)
-        torch.set_num_threads(threads)
-        machine = Machine(getattr(torch, dtype), device, model_products(shape, work))
-        measured = run(job, machine, repeats, warm_up)
+        models, rounds = save_models(Path(temporary) / "models", shape), Rounds(given.repeats, given.warm_up)
+        job = write_job(Path(temporary) / "run", models, given.workload, work, rounds=rounds, threads=given.threads)
+        torch.set_num_threads(given.threads)
+        machine = Machine(getattr(torch, given.dtype), device, model_products(shape, work))
+        measured = run(job, machine, rounds)
         iteration = work_of(shape, read_values(job.parent / "ours" / "config.yaml"))
-    report = summary(iteration.seconds(Lengths(work.prompt_lengths, work.lengths), machine.ceilings, WIDTHS[dtype]), measured)
-    report |= {"ceilings": asdict(machine.ceilings), "rates": machine.rates}
-    facts = manifest("ours", workload, threads, device, warm_up=warm_up, repeats=repeats)
-    show(report, f"{dtype}, {rows} rows of up to {limit} tokens, {threads} threads, {device}")
-    shaped = "ragged" if ragged else "full"
-    write(f"roofline_llama{hidden}x{layers}_{shaped}_{device}_{dtype}_r{rows}_t{threads}", report | {"manifest": asdict(facts)}, results)
+    least = iteration.seconds(Lengths(work.prompt_lengths, work.lengths), machine.ceilings, WIDTHS[given.dtype])
+    report = summary(least, measured) | {"ceilings": asdict(machine.ceilings), "rates": machine.rates}
+    facts = manifest("ours", given.workload | work.facts(), given.threads, device, warm_up=given.warm_up, repeats=given.repeats)
+    show(report, given.title(device))
+    size = f"{given.lengths}_{device}_{given.dtype}_r{given.rows}_t{given.threads}"
+    name = f"roofline_llama{shape.hidden}x{shape.layers}_{size}{change_suffix(given.overrides)}"
+    write(name, report | {"manifest": asdict(facts)}, given.results)
 
 
 class Machine:
@@ -95,17 +80,17 @@ def model_products(shape: Shape, work: Rows) -> tuple[tuple[int, int, int], ...]
     return ((tokens, config.hidden_size, config.intermediate_size), (tokens, config.intermediate_size, config.hidden_size))
 
 
-def run(job: Path, machine: Machine, repeats: int, warm_up: int) -> list[dict[str, float]]:
+def run(job: Path, machine: Machine, rounds: Rounds) -> list[dict[str, float]]:
     """Iterations, with a look at the machine after each."""
     side, measured = ours(job, here()), []
     try:
         _ = side.manifest  # ready
-        for _ in range(repeats + warm_up):
+        for _ in range(rounds.repeats + rounds.warm_up):
             measured.append(side.iteration())
             machine.look()
     finally:
         side.close()
-    return measured[warm_up:]
+    return measured[rounds.warm_up :]
 
 
 def work_of(shape: Shape, config: dict[str, Any]) -> Iteration:
@@ -147,4 +132,4 @@ def show(report: dict[str, Any], title: str) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command(main, Options(rows=32, limit=128))

@@ -13,58 +13,43 @@ from __future__ import annotations
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from limits import Iteration, Lengths
-from manifest import RESULTS, manifest, spread, write
+from manifest import change_suffix, manifest, spread, write
 from measuring import here
+from options import Options, command
 from rich.console import Console
 from rich.table import Table
 from turns import ours, take_turns
-from workload import Rows, Shape, make_rows, sampled, save_models, twice_the_batch, twice_the_length, without_head, write_job
+from workload import Rounds, Rows, Shape, make_rows, sampled, save_models, twice_the_batch, twice_the_length, without_head, write_job
 
 ALLOWED = 1.10
 
 
-def main(
-    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value of the PPO config, for all three")] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
-    ragged: Annotated[bool, typer.Option("--ragged/--full", help="log-normal lengths, or all of full length")] = True,
-    rows: Annotated[int, typer.Option(help="completions of the smaller batch")] = 16,
-    limit: Annotated[int, typer.Option(help="longest completion of the shorter rows, in tokens")] = 96,
-    repeats: Annotated[int, typer.Option(help="timed iterations of each")] = 3,
-    warm_up: Annotated[int, typer.Option(help="iterations before those")] = 1,
-    threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
-    hidden: Annotated[int, typer.Option(help="hidden size")] = 512,
-    layers: Annotated[int, typer.Option(help="layers")] = 8,
-    vocabulary: Annotated[int, typer.Option(help="words of the tokenizer")] = 32000,
-    results: Annotated[Path, typer.Option(help="folder of the JSON")] = RESULTS,
-) -> None:
+def main(given: Options) -> None:
     """Runs the three in turns and prints a table; the figures go to benchmarks/results/ as JSON."""
-    shape, device = Shape(hidden, layers, vocabulary), here()
-    base = make_rows(rows, limit, ragged=ragged, vocabulary=vocabulary)
-    work = {"base": base, "batch × 2": twice_the_batch(base, vocabulary), "length × 2": twice_the_length(base, vocabulary)}
-    workload = {"dtype": dtype, "ragged": ragged, "rows": rows, "limit": limit, "minibatches": 4} | asdict(shape)
-    workload |= {"overrides": overrides or []}
+    shape, device, rounds = given.shape, here(), Rounds(given.repeats, given.warm_up)
+    base = make_rows(given.rows, given.limit, ragged=given.ragged, vocabulary=shape.vocabulary)
+    work = {
+        "base": base,
+        "batch × 2": twice_the_batch(base, shape.vocabulary),
+        "length × 2": twice_the_length(base, shape.vocabulary),
+    }
     with tempfile.TemporaryDirectory() as temporary:
         models = save_models(Path(temporary) / "models", shape)
         jobs = {
-            name: write_job(Path(temporary) / str(number), models, workload, given, iterations=repeats + warm_up, threads=threads)
-            for number, (name, given) in enumerate(work.items())
+            name: write_job(Path(temporary) / str(number), models, given.workload, rows, rounds=rounds, threads=given.threads)
+            for number, (name, rows) in enumerate(work.items())
         }
-        measured = take_turns({name: ours(job, device) for name, job in jobs.items()}, repeats, warm_up)
+        measured = take_turns({name: ours(job, device) for name, job in jobs.items()}, given.repeats, given.warm_up)
     report = summary(measured, flops(shape, work))
-    facts = manifest(
-        "ours", workload | {name: given.facts() for name, given in work.items()}, threads, device, warm_up=warm_up, repeats=repeats
-    )
-    show(report, f"{dtype}, {rows} rows of up to {limit} tokens, {threads} threads, {device}")
-    shaped = "ragged" if ragged else "full"
-    write(
-        f"scaling_llama{hidden}x{layers}_{shaped}_{device}_{dtype}_r{rows}x{limit}_t{threads}",
-        report | {"manifest": asdict(facts)},
-        results,
-    )
+    workload = given.workload | {name: rows.facts() for name, rows in work.items()}
+    facts = manifest("ours", workload, given.threads, device, warm_up=given.warm_up, repeats=given.repeats)
+    show(report, given.title(device))
+    size = f"{given.lengths}_{device}_{given.dtype}_r{given.rows}x{given.limit}_t{given.threads}"
+    name = f"scaling_llama{shape.hidden}x{shape.layers}_{size}{change_suffix(given.overrides)}"
+    write(name, report | {"manifest": asdict(facts)}, given.results)
 
 
 def flops(shape: Shape, work: dict[str, Rows]) -> dict[str, float]:
@@ -115,4 +100,4 @@ def show(report: dict[str, Any], title: str) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command(main, Options(rows=16, limit=96))

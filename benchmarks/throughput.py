@@ -24,7 +24,7 @@ from typing import Annotated, Any
 
 import typer
 from busy import FILE, idle_shares, watching
-from manifest import RESULTS, Manifest, Spread, manifest, spread, write
+from manifest import RESULTS, Manifest, Spread, change_suffix, manifest, spread, write
 from measuring import here
 from rich.console import Console
 from rich.table import Table
@@ -61,7 +61,9 @@ def main(
         report = read_run(root, warm_up, devices(resolved))
     facts = facts_of(config, resolved, warm_up, len(report["measured"]))
     show(report, f"{config.name}, {resolved.placement.launcher}")
-    write(f"throughput_{config.stem}_{facts.device}_{resolved.placement.launcher}", report | {"manifest": asdict(facts)}, results)
+    changes = change_suffix([change for change in overrides or [] if not change.startswith("placement.launcher=")])
+    name = f"throughput_{config.stem}_{facts.device}_{resolved.placement.launcher}{changes}"
+    write(name, report | {"manifest": asdict(facts)}, results)
 
 
 def read_run(root: Path, warm_up: int, devices: int) -> dict[str, Any]:
@@ -90,6 +92,7 @@ def read_run(root: Path, warm_up: int, devices: int) -> dict[str, Any]:
         "tokens_per_second_and_device": {phase: rate.median / devices for phase, rate in rates.items()},
         "wall_seconds": asdict(spread(walls)),
         "coordinator_share": asdict(spread(shares)),
+        "coordinator_seconds": asdict(spread([share * wall for share, wall in zip(shares, walls, strict=True)])),
         "measured": measured,
     }
 
@@ -125,7 +128,8 @@ def show(report: dict[str, Any], title: str) -> None:
     console, share = Console(width=WIDTH), {name: 100 * value for name, value in report["coordinator_share"].items() if name != "count"}
     console.print(table)
     text = Spread(**share, count=report["coordinator_share"]["count"]).text(2)
-    console.print(f"no worker busy: {text} % of an iteration; at most {ALLOWED:.0%} is asked for")
+    alone = Spread(**report["coordinator_seconds"]).text(3)
+    console.print(f"no worker busy: {text} % of an iteration, {alone} s; at most {ALLOWED:.0%} is asked for")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """Seconds of one optimizer step of the policy: padded against packed rows, ZeRO stages, precisions, ragged and full lengths.
 
 The real engine and trainer (`workers.training`) train a random Llama on random rows with the PPO objective. Every variant does the same
-optimizer work; what differs is how rows lie in a forward:
+optimizer work and has the same gradient; what differs is how rows lie in a forward:
 
-- `padded`: microbatches of `--rows-per-forward` rows as they come, each as wide as the longest sequence in it: what most trainers do;
+- `plain`: rows as they come, each as wide as the longest prompt and the longest completion of the step together, the head at every slot:
+  what TRL and DeepSpeed-Chat do (`layouts.py`); as many rows in a forward as make `--microbatch-tokens` slots;
+- `padded`: `--rows-per-forward` rows as they come, closed up, each as wide as the longest sequence in its forward, the head at response
+  tokens (as in all that follow);
 - `sorted`: rows by length, cut where padding is least, at most `--microbatch-tokens` (our default, `policy.packing: false`);
 - `packed`: several sequences in a row, as many tokens at most (`policy.packing: true`).
 
@@ -19,13 +22,13 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from ceilings import ceilings
+from layouts import LAYOUTS, LayoutModule, Rectangle
 from limits import Lengths, sequences_flops
 from manifest import RESULTS, Spread, manifest, spread, write
 from measuring import here, in_processes, now
@@ -33,8 +36,8 @@ from rich.console import Console
 from rich.table import Table
 from workload import DTYPES, Rows, Shape, experience, make_rows, sampled, save_models
 
-LAYOUTS = ("padded", "sorted", "packed")
-WIDTH = 130
+BASES, WIDTH = ("plain", "padded"), 140
+"""Layouts that the others are held against."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +81,9 @@ def main(
     lengths: Annotated[str, typer.Option(help="ragged, full, by comma; stages are compared on the first")] = "ragged,full",
     rows: Annotated[int, typer.Option(help="sequences of an optimizer step")] = 16,
     limit: Annotated[int, typer.Option(help="longest completion, in tokens")] = 128,
-    microbatch_tokens: Annotated[int, typer.Option(help="most tokens in a forward, sorted and packed")] = 4096,
+    microbatch_tokens: Annotated[int, typer.Option(help="most tokens in a forward, and of plain rows most slots")] = 4096,
     rows_per_forward: Annotated[int, typer.Option(help="rows of a forward, padded")] = 8,
-    repeats: Annotated[int, typer.Option(help="timed steps of each variant")] = 3,
+    repeats: Annotated[int, typer.Option(help="timed steps of each variant")] = 5,
     warm_up: Annotated[int, typer.Option(help="steps before those")] = 1,
     threads: Annotated[int, typer.Option(help="CPU threads of all ranks together")] = 2,
     ranks: Annotated[int, typer.Option(help="processes that the engines are sharded over")] = 1,
@@ -139,7 +142,9 @@ def measure(job: Job) -> dict[str, Any]:
     for repeat in range(job.repeats + job.warm_up):
         for variant in job.variants():
             dtype, stage, kind, layout = variant
-            took = _step(job, engines[dtype, stage], batches[kind], layout, place.device)
+            engine = engines[dtype, stage]
+            engine.module.lay(layout, rectangle(job, kind))
+            took = _step(batches[kind], engine, microbatches(job, kind, layout), place.device)
             if repeat >= job.warm_up:
                 seconds[_name(variant)].append(took)
     peaks = {}
@@ -157,18 +162,39 @@ def make(job: Job, kind: str) -> Rows:
     return make_rows(job.rows, job.limit, ragged=kind == "ragged", vocabulary=job.shape["vocabulary"])
 
 
+def rectangle(job: Job, kind: str) -> Rectangle:
+    """What every plain row is padded to."""
+    rows = make(job, kind)
+    return Rectangle(max(rows.prompt_lengths), max(rows.lengths))
+
+
+def microbatches(job: Job, kind: str, layout: str) -> tuple[tuple[int, ...], ...]:
+    """This rank's rows of each forward. Of plain and padded ones all ranks get as many rows, as they come."""
+    from rlhf_dist.data.schedule import assign
+
+    rows = make(job, kind)
+    lengths = [prompt + tokens for prompt, tokens in zip(rows.prompt_lengths, rows.lengths, strict=True)]
+    if layout in ("sorted", "packed"):
+        return assign(range(len(lengths)), lengths, job.ranks, job.microbatch_tokens, packed=layout == "packed")[job.rank]
+    together = max(job.microbatch_tokens // rectangle(job, kind).slots, 1) if layout == "plain" else job.rows_per_forward
+    mine, most = range(job.rank, len(lengths), job.ranks), -(-len(lengths) // job.ranks)
+    return tuple(tuple(mine[start : start + together]) for start in range(0, most, together))
+
+
 def _engine(job: Job, dtype: str, stage: int, place: Any, folder: Path) -> Any:
     from rlhf_dist.config.engines import PolicySection
-    from rlhf_dist.workers.training import build_policy
+    from rlhf_dist.engines.deepspeed import Training
+    from rlhf_dist.workers.training import build_engine, load_policy
 
     file = folder / f"zero{stage}.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": stage}}), encoding="utf-8")
+    section = PolicySection.model_validate({"model": job.model, "dtype": DTYPES[dtype], "deepspeed": str(file)})
     # Packing is checked when the module is made; each step then says which layout it wants.
-    values = {"model": job.model, "dtype": DTYPES[dtype], "deepspeed": str(file), "packing": True}
-    return build_policy(PolicySection.model_validate(values), 0, place, job.repeats + job.warm_up)
+    module = LayoutModule(load_policy(section, 0), packing=True)
+    return build_engine(module, section, place, Training(section.optim, job.repeats + job.warm_up))
 
 
-def _step(job: Job, engine: Any, batch: Any, layout: str, device: str) -> float:
+def _step(batch: Any, engine: Any, rows: tuple[tuple[int, ...], ...], device: str) -> float:
     """One optimizer step; its seconds."""
     from rlhf_dist.algos.objectives import PolicyObjective
     from rlhf_dist.config.algorithm import AlgorithmSection
@@ -176,44 +202,32 @@ def _step(job: Job, engine: Any, batch: Any, layout: str, device: str) -> float:
     from rlhf_dist.contracts.roles import UpdateRequest
     from rlhf_dist.workers.training import Trainer
 
-    engine.module.packing = layout == "packed"
     trainer = Trainer(engine, PolicyObjective(AlgorithmSection()), whitens=False)
     trainer.load([batch], Moments())
-    lengths = (batch.prompt_lengths_B + batch.response_lengths_B).tolist()
-    request = UpdateRequest(cut(job, lengths, layout), float(batch.valid_tokens_B.sum()))
+    request = UpdateRequest(rows, float(batch.valid_tokens_B.sum()))
     began = now(device)
     trainer.update(request)
     return now(device) - began
 
 
-def cut(job: Job, lengths: Sequence[int], layout: str) -> tuple[tuple[int, ...], ...]:
-    """This rank's microbatches in a layout; of padded ones all ranks get as many rows, as they come."""
-    from rlhf_dist.data.schedule import assign
-
-    if layout != "padded":
-        return assign(range(len(lengths)), lengths, job.ranks, job.microbatch_tokens, packed=layout == "packed")[job.rank]
-    mine = range(job.rank, len(lengths), job.ranks)
-    most = -(-len(lengths) // job.ranks)
-    return tuple(tuple(mine[start : start + job.rows_per_forward]) for start in range(0, most, job.rows_per_forward))
-
-
 def summary(job: Job, answer: dict[str, Any]) -> dict[str, Any]:
-    """Of each variant seconds with their spread, trained tokens a second, MFU, and how many times as fast as padded rows."""
+    """Of each variant seconds with their spread, trained tokens a second, MFU, and how many times as fast as plain and as padded rows."""
     model = sampled(Shape(**job.shape)).flops.training(frozen=False, recomputed=False)
     devices = job.ranks if answer["device"].startswith("cuda") else 1  # on CPUs the ceiling is that of all threads together
     found: dict[str, Any] = {}
     for variant in job.variants():
-        dtype, stage, kind, _ = variant
+        dtype, stage, kind, layout = variant
         rows, seconds = make(job, kind), answer["seconds"][_name(variant)]
-        padded = answer["seconds"].get(_name((dtype, stage, kind, "padded")))
+        bases = {base: answer["seconds"].get(_name((dtype, stage, kind, base))) for base in BASES}
         took = spread(seconds)
         rate = sequences_flops(model, Lengths(rows.prompt_lengths, rows.lengths)) / took.median
-        gain = spread([slow / fast for slow, fast in zip(padded, seconds, strict=True)]) if padded else None
+        gains = {base: asdict(spread([a / b for a, b in zip(slow, seconds, strict=True)])) for base, slow in bases.items() if slow}
         found[_name(variant)] = {
             "seconds": asdict(took),
             "trained_tokens_per_second": sum(rows.lengths) / took.median,
             "mfu": rate / (answer["flops_per_second"][dtype] * devices),
-            "to_padded": asdict(gain) if gain else None,
+            "faster_than": gains,
+            "rows_per_forward": [len(rows) for rows in microbatches(job, kind, layout)],
         }
     return {"variants": found, "flops_per_second": answer["flops_per_second"], "measured": answer["seconds"]}
 
@@ -221,12 +235,12 @@ def summary(job: Job, answer: dict[str, Any]) -> dict[str, Any]:
 def show(report: dict[str, Any], title: str) -> None:
     """The table a person reads."""
     table = Table(title=title)
-    for column in ("", "seconds a step", "trained tokens/s", "MFU", "padded / this"):
+    for column in ("", "seconds a step", "trained tokens/s", "MFU", *(f"{base} / this" for base in BASES)):
         table.add_column(column, justify="right" if column else "left")
     for name, found in report["variants"].items():
-        gain = Spread(**found["to_padded"]).text() if found["to_padded"] else ""
+        gains = (Spread(**found["faster_than"][base]).text() if base in found["faster_than"] else "" for base in BASES)
         cells = (Spread(**found["seconds"]).text(3), f"{found['trained_tokens_per_second']:.0f}", f"{found['mfu']:.1%}")
-        table.add_row(name, *cells, gain)
+        table.add_row(name, *cells, *gains)
     console = Console(width=WIDTH)
     console.print(table)
     best = ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in report["flops_per_second"].items())

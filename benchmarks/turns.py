@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +68,13 @@ def ours(job: Path, device: str) -> Side:
     return Side([sys.executable, str(OURS), str(job)], device)
 
 
-def take_turns(sides: Mapping[str, Side], repeats: int, warm_up: int) -> dict[str, list[dict[str, float]]]:
+def take_turns(
+    sides: Mapping[str, Side], repeats: int, warm_up: int, after_round: Callable[[], None] = lambda: None
+) -> dict[str, list[dict[str, float]]]:
     """One iteration of each side after the other, round by round; ends them. The first `warm_up` rounds are not kept.
+
+    Args:
+        after_round: called after every round, those of the warm-up too.
 
     Raises:
         RuntimeError: a side ended.
@@ -83,6 +88,7 @@ def take_turns(sides: Mapping[str, Side], repeats: int, warm_up: int) -> dict[st
                 line = side.iteration()
                 if repeat >= warm_up:
                     measured[name].append(line)
+            after_round()
     finally:
         for side in sides.values():
             side.close()

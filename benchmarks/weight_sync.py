@@ -96,13 +96,17 @@ def config_of(folder: Path, model: str, dtype: str, threads: int) -> PPOConfig:
 def measure(
     config: PPOConfig, groups: Groups, bucket_bytes: int, repeats: int, warm_up: int
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Seconds of every sync by transport, and what one moves. The checksum of all must be one."""
-    syncs = {transport: WeightSync(wishing(config, transport), groups, bucket_bytes) for transport in TRANSPORTS}
+    """Seconds of every sync by transport, and what one moves. The checksum of all must be one.
+
+    A policy has one link open at a time: at its turn each transport opens its own, with a sync that is not timed.
+    """
     seconds: dict[str, list[float]] = {transport: [] for transport in ("copies", *TRANSPORTS)}
     moved: dict[str, int] = {}
     sums = set()
     for repeat in range(warm_up + repeats):
-        for transport, sync in syncs.items():
+        for transport in TRANSPORTS:
+            sync = WeightSync(wishing(config, transport), groups, bucket_bytes)
+            sync(repeat)
             metrics = sync(repeat)
             sums.add(metrics["weight_sync/checksum"])
             moved = {name: int(metrics[f"weight_sync/{name}"]) for name in ("bytes", "buckets")}

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,11 +30,22 @@ DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a random Llama: heads of 64, a feed-forward part 8/3 as wide, the head tied to the embeddings."""
+    """Sizes of a random Llama: heads of 64, a feed-forward part 8/3 as wide, the head tied to the embeddings.
+
+    All widths are multiples of 64, which 4-bit layers need on CPUs.
+    """
 
     hidden: int = 512
     layers: int = 8
     vocabulary: int = VOCABULARY
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """Iterations of a run: those that are timed, and those before."""
+
+    repeats: int
+    warm_up: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,7 +73,7 @@ def llama_config(shape: Shape, **others: Any) -> Any:
     return LlamaConfig(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
-        intermediate_size=shape.hidden * 8 // 3 // 32 * 32,
+        intermediate_size=shape.hidden * 8 // 3 // 64 * 64,
         num_hidden_layers=shape.layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,
@@ -137,7 +148,7 @@ def twice_the_length(rows: Rows, vocabulary: int = VOCABULARY) -> Rows:
     return Rows(tuple(longer), tuple(2 * length for length in rows.lengths))
 
 
-def write_job(folder: Path, models: tuple[str, str], workload: Mapping[str, Any], rows: Rows, *, iterations: int, threads: int) -> Path:
+def write_job(folder: Path, models: tuple[str, str], workload: Mapping[str, Any], rows: Rows, *, rounds: Rounds, threads: int) -> Path:
     """Writes what a process that runs PPO iterations must know (`peers/ours_ppo.py`, `peers/trl_ppo.py`).
 
     Args:
@@ -153,7 +164,7 @@ def write_job(folder: Path, models: tuple[str, str], workload: Mapping[str, Any]
         "minibatches": workload["minibatches"],
         "overrides": list(workload.get("overrides", ())),
     }
-    job |= {"iterations": iterations, "threads": threads, "workload": dict(workload) | rows.facts()}
+    job |= {"iterations": rounds.repeats + rounds.warm_up, "threads": threads, "workload": dict(workload) | rows.facts()} | asdict(rounds)
     path = folder / "job.json"
     path.write_text(json.dumps(job), encoding="utf-8")
     return path
@@ -166,12 +177,13 @@ def write_config(job: Mapping[str, Any]) -> Path:
     text = [" ".join(f"t{token}" for token in prompt[1:]) for prompt in job["prompts"]]
     prompts.write_text("".join(json.dumps({"prompt": line}) + "\n" for line in text), encoding="utf-8")
     engine = {"dtype": DTYPES[job["dtype"]]}
+    trained = engine | {"optim": {"lr": 1e-6, "schedule": "constant"}}
     values = {
         "run": {"steps": job["iterations"], "output_dir": str(folder), "name": "ours"},
         "data": {"train": str(prompts), "max_prompt_tokens": max(map(len, job["prompts"]))},
-        "policy": {"model": job["policy"], "optim": {"lr": 1e-6}} | engine,
+        "policy": {"model": job["policy"]} | trained,
         "reference": engine,
-        "value": {"optim": {"lr": 1e-6}} | engine,
+        "value": {"model": job["scorer"], "head_init": "keep"} | trained,
         "reward": {"sources": [{"kind": "model", "name": "random", "model": job["scorer"]}]} | engine,
         "rollout": {"prompts_per_step": len(job["prompts"]), "max_new_tokens": max(job["lengths"]), "slots": len(job["prompts"])},
         # As TRL does it: the log-probs of sampling are the old ones.
@@ -243,7 +255,7 @@ def main(
     """Writes random models, prompts and `ppo.yaml`."""
     folder = folder.absolute()
     models, work = save_models(folder, Shape(hidden, layers)), make_rows(rows, limit, ragged=False)
-    job = write_job(folder, models, {"dtype": dtype, "minibatches": 4}, work, iterations=5, threads=threads)
+    job = write_job(folder, models, {"dtype": dtype, "minibatches": 4}, work, rounds=Rounds(5), threads=threads)
     Console().print(str(write_config(json.loads(job.read_text()))), soft_wrap=True)
 
 

@@ -28,6 +28,8 @@ from rlhf_dist.rollout.sampling import SamplingParams
 JOB: Mapping[str, Any] = json.loads(Path(sys.argv[1]).read_text())
 Round = Callable[[int], "list[Completion] | int"]
 """Generates all rows once; returns completions with their log-probs, or the number of tokens made."""
+Settings = dict[str, Any]
+"""How a side does it, for its manifest."""
 DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 PAGE = 32
 """Tokens of a page of transformers' paged cache; its default, 256, is longer than most rows."""
@@ -37,8 +39,9 @@ def main() -> None:
     """Runs the job, a round a turn."""
     torch.set_num_threads(JOB["threads"])
     name, device = sys.argv[2], JOB["device"]
-    run, gap = SIDES[name](), {}
+    (run, settings), gap = SIDES[name](), {}
     facts = manifest(name, JOB["workload"], JOB["threads"], device, warm_up=JOB["warm_up"], repeats=JOB["repeats"])
+    facts.settings.update(settings)
     print("MANIFEST " + json.dumps(vars(facts) | {"versions": facts.versions | vllm_version()}), flush=True)
     for step, _ in enumerate(iter(sys.stdin.readline, "")):
         began, busy = now(device), time.process_time()
@@ -76,21 +79,40 @@ def engine_round(engine: Any) -> Round:
     return lambda step: engine.generate(work, params, SamplingKey(0, "train", step))[0]
 
 
-def native() -> Round:
+def native() -> tuple[Round, Settings]:
     """Our decode loop."""
-    return engine_round(NativeEngine(model(), slots=len(JOB["lengths"])))
+    policy, slots = model(), len(JOB["lengths"])
+    return engine_round(NativeEngine(policy, slots=slots)), {"slots": slots, "attention": policy.config._attn_implementation}
 
 
-def vllm_engine() -> Round:
+def vllm_engine() -> tuple[Round, Settings]:
     """vLLM as rlhf_dist uses it: a seed for every row, log-probs."""
     from rlhf_dist.rollout.vllm import VllmEngine, VllmSettings
 
     memory = {"kv_cache_gib": 2.0} if JOB["device"] == "cpu" else {"memory_share": 0.5}
     settings = VllmSettings(JOB["policy"], longest(), dtype=DTYPES[JOB["dtype"]], slots=len(JOB["lengths"]), **memory)
-    return engine_round(VllmEngine(settings))
+    engine = VllmEngine(settings)
+    return engine_round(engine), vllm_settings(engine._llm)
 
 
-def vllm() -> Round:
+def vllm_settings(llm: Any) -> Settings:
+    """What vLLM says of itself; eager or compiled first of all."""
+    config = llm.llm_engine.vllm_config
+    compilation, cache, scheduler = config.compilation_config, config.cache_config, config.scheduler_config
+    return {
+        "execution": "eager" if config.model_config.enforce_eager else "compiled",
+        "compilation_mode": str(compilation.mode),
+        "cuda_graphs": str(compilation.cudagraph_mode),
+        "slots": scheduler.max_num_seqs,
+        "batched_tokens": scheduler.max_num_batched_tokens,
+        "longest_row": config.model_config.max_model_len,
+        "block": cache.block_size,
+        "prefix_caching": cache.enable_prefix_caching,
+        "logprobs": config.model_config.logprobs_mode,
+    }
+
+
+def vllm() -> tuple[Round, Settings]:
     """vLLM left to itself: no log-probs, one generator for all rows; compiled where the job asks for it."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM
@@ -110,7 +132,11 @@ def vllm() -> Round:
     )
     prompts = [{"prompt_token_ids": prompt} for prompt in JOB["prompts"]]
     params = [Params(max_tokens=length, temperature=1.0, ignore_eos=True, detokenize=False) for length in JOB["lengths"]]
-    return lambda step: sum(len(output.outputs[0].token_ids) for output in llm.generate(prompts, params, use_tqdm=False))
+
+    def run(step: int) -> int:
+        return sum(len(output.outputs[0].token_ids) for output in llm.generate(prompts, params, use_tqdm=False))
+
+    return run, vllm_settings(llm)
 
 
 class RowLengths(StoppingCriteria):
@@ -132,7 +158,7 @@ def sampling(policy: Any) -> GenerationConfig:
     )  # fmt: skip
 
 
-def generate() -> Round:
+def generate() -> tuple[Round, Settings]:
     """`generate` of transformers: one left-padded batch that lasts as long as its longest row."""
     policy = model()
     width = max(map(len, JOB["prompts"]))
@@ -149,10 +175,10 @@ def generate() -> Round:
         made = policy.generate(**inputs, generation_config=config, stopping_criteria=criteria).shape[1] - width
         return sum(min(length, made) for length in JOB["lengths"])
 
-    return run
+    return run, {"rows": len(JOB["lengths"]), "cache": "dynamic", "attention": policy.config._attn_implementation}
 
 
-def continuous() -> Round:
+def continuous() -> tuple[Round, Settings]:
     """Continuous batching of transformers, its manager started once; blocks are not shared, since it serves stale ones after an update."""
     policy = model()
     blocks = 2 * len(JOB["lengths"]) * -(-longest() // PAGE)
@@ -174,10 +200,11 @@ def continuous() -> Round:
                 made, waiting = made + len(result.generated_tokens), waiting - 1
         return made
 
-    return run
+    facts = {name: getattr(settings, name) for name in ("page_size", "num_blocks", "max_batch_tokens", "allow_block_sharing")}
+    return run, facts | {"cuda_graph": settings.use_cuda_graph, "attention": policy.config._attn_implementation}
 
 
-SIDES: dict[str, Callable[[], Round]] = {
+SIDES: dict[str, Callable[[], tuple[Round, Settings]]] = {
     "native": native,
     "generate": generate,
     "continuous": continuous,

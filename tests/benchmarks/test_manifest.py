@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from manifest import Spread, check_alike, manifest, spread, write
+from manifest import Spread, change_suffix, check_alike, manifest, spread, write
 
 WORK = {"rows": 32, "dtype": "float32"}
 
@@ -25,7 +25,9 @@ def test_unlike_manifests_are_refused(change: dict[str, Any]) -> None:
 
 def test_other_packages_and_more_repeats_may_be_compared() -> None:
     ours = manifest("ours", WORK, threads=2, device="cpu", warm_up=1, repeats=5)
-    check_alike(ours, dataclasses.replace(ours, side="theirs", repeats=9, versions=ours.versions | {"transformers": "5.0"}))
+    check_alike(
+        ours, dataclasses.replace(ours, side="theirs", repeats=9, versions=ours.versions | {"transformers": "5.0"}, settings={"slots": 8})
+    )
 
 
 def test_a_manifest_names_the_versions_and_the_machine() -> None:
@@ -47,3 +49,10 @@ def test_a_report_is_kept_as_json(tmp_path: Path) -> None:
     path = write("name", {"ratio": 2.5}, tmp_path / "results")
     assert path == tmp_path / "results" / "name.json"
     assert json.loads(path.read_text()) == {"ratio": 2.5}
+
+
+def test_changes_stand_in_the_name_of_a_report() -> None:
+    assert change_suffix([]) == ""
+    assert change_suffix(["policy.packing=true", "data.train=/a b/c"]) == "_policy.packing=true_data.train=-a-b-c"
+    many = [f"policy.optim.lr=1e-{number}" for number in range(20)]
+    assert len(change_suffix(many)) < 40 and change_suffix(many) != change_suffix(many[::-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import scaling
 import throughput
 import training_step
 import yaml
+from options import Options
+from workload import Shape
 
 pytestmark = pytest.mark.slow
 TINY: dict[str, Any] = {"hidden": 64, "layers": 2, "threads": 1}
@@ -52,8 +55,9 @@ class CountingSide:
 
 def test_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scaling, "ours", CountingSide)
-    scaling.main(None, "float32", True, rows=4, limit=8, repeats=1, warm_up=1, vocabulary=100, results=tmp_path, **TINY)
+    scaling.main(Options(4, 8, repeats=1, overrides=("policy.packing=true",), threads=1, shape=Shape(64, 2, 100), results=tmp_path))
     report = written(tmp_path)
+    assert next(tmp_path.glob("*.json")).stem.endswith("_t1_policy.packing=true")
     batch, length = (report["growth"][name] for name in ("batch × 2", "length × 2"))
     assert batch["measured"]["median"] == length["measured"]["median"] == 2
     assert batch["predicted"] == pytest.approx(2) and 2 < length["predicted"] < 3
@@ -61,9 +65,8 @@ def test_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_roofline(tmp_path: Path) -> None:
-    roofline.main(
-        ["algorithm.epochs=2"], "bfloat16", True, rows=4, limit=8, repeats=1, warm_up=0, vocabulary=100, results=tmp_path, **TINY
-    )  # fmt: skip
+    given = Options(4, 8, "bfloat16", repeats=1, warm_up=0, threads=1, shape=Shape(64, 2, 100), results=tmp_path)
+    roofline.main(dataclasses.replace(given, overrides=("algorithm.epochs=2",)))
     report = written(tmp_path)
     assert all(0 < report["eta"][phase]["median"] < 1 for phase in ("generate", "score", "train", "seconds"))
     assert report["least"]["train"] > 4 * report["least"]["score"] / 3  # two epochs of three forwards, beside three forwards of scoring
@@ -72,11 +75,14 @@ def test_roofline(tmp_path: Path) -> None:
 
 def test_training_step(tmp_path: Path) -> None:
     training_step.main(
-        "float32", "0,3", "padded,packed", "ragged", rows=4, limit=8, microbatch_tokens=64, rows_per_forward=4, repeats=1, warm_up=0,
+        "float32", "0,3", "plain,packed", "ragged", rows=4, limit=8, microbatch_tokens=64, rows_per_forward=4, repeats=1, warm_up=0,
         ranks=1, vocabulary=100, results=tmp_path, job="", **TINY,
     )  # fmt: skip
     found = written(tmp_path)["variants"]
-    assert list(found) == [f"float32, ZeRO {stage}, ragged, {layout}" for stage, layout in ((0, "padded"), (0, "packed"), (3, "packed"))]
+    assert list(found) == [f"float32, ZeRO {stage}, ragged, {layout}" for stage, layout in ((0, "plain"), (0, "packed"), (3, "packed"))]
+    plain, packed, _ = found.values()
+    assert packed["faster_than"]["plain"]["median"] == pytest.approx(plain["seconds"]["median"] / packed["seconds"]["median"])
+    assert plain["rows_per_forward"] == [1] * 4, "a budget of 64 slots holds one row of the rectangle"
     assert all(0 < each["mfu"] < 1 and each["trained_tokens_per_second"] > 0 for each in found.values())
 
 
@@ -99,5 +105,7 @@ def test_throughput(tmp_path: Path, ppo_values: dict[str, Any]) -> None:
     assert report["manifest"]["workload"]["config"]["rollout"]["max_new_tokens"] == 6
     assert {"generate", "score", "train", "step"} <= set(report["seconds"])
     assert 0 < report["coordinator_share"]["median"] < 0.9
+    assert 0 < report["coordinator_seconds"]["median"] < report["wall_seconds"]["high"]
+    assert next((tmp_path / "results").glob("*.json")).stem.endswith("_rollout.max_new_tokens=6")
     # One plain process: what workers do and what the coordinator does add up to the iteration.
     assert report["wall_seconds"]["median"] >= 0.9 * report["seconds"]["step"]["median"]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from training_step import Job, cut
+import pytest
+from training_step import Job, make, microbatches, rectangle
 
 GIVEN: dict[str, Any] = {
-    "model": "", "shape": {"hidden": 64, "layers": 2, "vocabulary": 100}, "rows": 8, "limit": 16, "microbatch_tokens": 40,
+    "model": "", "shape": {"hidden": 64, "layers": 2, "vocabulary": 100}, "rows": 8, "limit": 16, "microbatch_tokens": 160,
     "rows_per_forward": 4, "dtypes": ("float32", "bfloat16"), "stages": (0, 1), "layouts": ("padded", "packed"),
     "lengths": ("ragged", "full"), "repeats": 1, "warm_up": 0, "threads": 1,
 }  # fmt: skip
@@ -26,17 +27,29 @@ def test_stages_are_compared_on_one_layout_and_half_precision_has_no_stage_0() -
     assert {v[1] for v in found if v[0] == "bfloat16"} == {1}
 
 
+def lengths_of(job: Job) -> list[int]:
+    rows = make(job, "ragged")
+    return [prompt + tokens for prompt, tokens in zip(rows.prompt_lengths, rows.lengths, strict=True)]
+
+
 def test_padded_rows_stay_as_they_come_and_the_others_respect_the_budget() -> None:
-    lengths = [30, 5, 10, 20, 5, 30, 10, 20]
-    assert cut(Job(**GIVEN), lengths, "padded") == ((0, 1, 2, 3), (4, 5, 6, 7))
-    packed = cut(Job(**GIVEN), lengths, "packed")
+    job = Job(**GIVEN)
+    assert microbatches(job, "ragged", "padded") == ((0, 1, 2, 3), (4, 5, 6, 7))
+    packed, lengths = microbatches(job, "ragged", "packed"), lengths_of(job)
     assert sorted(row for part in packed for row in part) == list(range(8))
-    assert all(sum(lengths[row] for row in part) <= 40 for part in packed)
+    assert all(sum(lengths[row] for row in part) <= job.microbatch_tokens for part in packed)
+
+
+@pytest.mark.parametrize("kind", ["ragged", "full"])
+def test_plain_rows_are_as_many_in_a_forward_as_the_budget_holds_rectangles(kind: str) -> None:
+    job = Job(**GIVEN)
+    slots, parts = rectangle(job, kind).slots, microbatches(job, kind, "plain")
+    assert slots >= max(lengths_of(job)) and [row for part in parts for row in part] == list(range(8))
+    assert len(parts[0]) == job.microbatch_tokens // slots > 1
 
 
 def test_ranks_share_the_rows_and_have_as_many_microbatches() -> None:
-    lengths = [30, 5, 10, 20, 5, 30, 10]
-    for layout in ("padded", "packed"):
-        parts = [cut(Job(**(GIVEN | {"ranks": 2, "rank": rank, "rows_per_forward": 2})), lengths, layout) for rank in range(2)]
+    for layout in ("plain", "padded", "packed"):
+        parts = [microbatches(Job(**(GIVEN | {"rows": 7, "ranks": 2, "rank": rank})), "ragged", layout) for rank in range(2)]
         assert len(parts[0]) == len(parts[1])
         assert sorted(row for part in parts for rows in part for row in rows) == list(range(7))

@@ -6,7 +6,18 @@ import json
 from pathlib import Path
 
 import pytest
-from workload import LONGEST_PROMPT, Shape, experience, make_rows, sampled, save_models, twice_the_batch, twice_the_length, write_job
+from workload import (
+    LONGEST_PROMPT,
+    Rounds,
+    Shape,
+    experience,
+    make_rows,
+    sampled,
+    save_models,
+    twice_the_batch,
+    twice_the_length,
+    write_job,
+)
 
 TINY = Shape(hidden=64, layers=2, vocabulary=100)
 
@@ -34,9 +45,9 @@ def test_doublings_are_exact() -> None:
 
 
 def test_the_flops_of_a_shape_are_those_of_its_weights() -> None:
-    # A layer: four projections of 64 × 64, three of 64 × 160, two norms of 64; a last norm; a head of 64 × 100, tied to the embeddings.
+    # A layer: four projections of 64 × 64, three of 64 × 128, two norms of 64; a last norm; a head of 64 × 100, tied to the embeddings.
     model = sampled(TINY)
-    assert model.flops.linear == 2 * (2 * (4 * 64 * 64 + 3 * 64 * 160 + 2 * 64) + 64)
+    assert model.flops.linear == 2 * (2 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64)
     assert model.flops.attention == 2 * 2 * 64
     assert model.flops.head == 2 * 64 * 100
     assert model.kv_numbers == 2 * 2 * 64
@@ -54,10 +65,12 @@ def test_the_tokenizer_gives_back_the_tokens_of_a_prompt(tmp_path: Path) -> None
     from transformers import AutoTokenizer
 
     models, rows = save_models(tmp_path, TINY), make_rows(3, 10, vocabulary=100)
-    job = json.loads(write_job(tmp_path / "run", models, {"dtype": "float32", "minibatches": 1}, rows, iterations=2, threads=1).read_text())
+    job = json.loads(
+        write_job(tmp_path / "run", models, {"dtype": "float32", "minibatches": 1}, rows, rounds=Rounds(1, 1), threads=1).read_text()
+    )
     text = " ".join(f"t{token}" for token in job["prompts"][0][1:])
     assert AutoTokenizer.from_pretrained(models[0])(text)["input_ids"] == job["prompts"][0]
-    assert job["workload"]["tokens"] == sum(rows.lengths) and job["iterations"] == 2
+    assert job["workload"]["tokens"] == sum(rows.lengths) and job["iterations"] == 2 == job["repeats"] + job["warm_up"]
 
 
 @pytest.mark.parametrize("name", ["policy", "scorer"])
