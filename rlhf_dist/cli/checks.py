@@ -12,11 +12,13 @@ from rlhf_dist.config.deepspeed import resolve_deepspeed
 from rlhf_dist.config.engines import EngineSection
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.config.ppo import PPOConfig
-from rlhf_dist.config.rewards import FunctionReward as FunctionRewardSection
+from rlhf_dist.config.rewards import FailureRules
 from rlhf_dist.data.prompts import PromptStream, check_prompts
 from rlhf_dist.data.records import columns_of
 from rlhf_dist.models.loading import check_loadable, context_length, load_config, load_tokenizer, stop_tokens, tokenizer_folder
-from rlhf_dist.rewards.function import FunctionReward, probe
+from rlhf_dist.rewards.guard import longest_judging_s
+from rlhf_dist.rewards.probe import probe
+from rlhf_dist.rewards.sources import guarded
 from rlhf_dist.workers.roles import needed_roles, section_of
 
 PROBE_ROWS = 2
@@ -150,9 +152,26 @@ def check_vocabulary(role: str, path: str, tokenizer: PreTrainedTokenizerBase, *
 
 
 def _check_rewards(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    functions = [source for source in config.reward.sources if isinstance(source, FunctionRewardSection)]
-    if not functions:
+    sources = [source for source in config.reward.sources if isinstance(source, FailureRules)]
+    if not sources:
         return
+    for source in sources:
+        _check_time(source, config.placement.call_timeout_s)
     records = PromptStream(config.data, tokenizer, split="train", seed=config.run.seed).batch(0, PROBE_ROWS)
-    for source in functions:
-        probe(FunctionReward(source.name, source.path), [record.text for record in records], columns_of(records))
+    for source in sources:
+        reward = guarded(source)
+        try:
+            probe(reward, [record.text for record in records], columns_of(records))
+        finally:
+            reward.close()
+
+
+def _check_time(source: FailureRules, call_timeout_s: float) -> None:
+    """A reward's own rules must come to an end before the run gives the rank up."""
+    longest = longest_judging_s(source)
+    if longest >= call_timeout_s:
+        raise UserError(
+            f"reward {source.name!r} may take {longest:g} s, repetitions included; a rank silent for {call_timeout_s:g} s is given up",
+            where=f"reward.sources, {source.name}: timeout_s, retries",
+            fix="lower them, or raise placement.call_timeout_s",
+        )

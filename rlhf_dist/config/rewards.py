@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rlhf_dist.config.engines import EngineSection
 from rlhf_dist.config.section import Section
 
 Normalise = Literal["none", "scale", "standardise"]
+OnFailure = Literal["raise", "retry", "drop_group", "default"]
 
 
 class _Source(Section):
@@ -19,11 +21,80 @@ class _Source(Section):
     clip: float | None = Field(None, gt=0, description="clip the normalised reward to ± this")
 
 
-class FunctionReward(_Source):
-    """`def reward(prompts, completions, **columns) -> list[float | None]`; None abstains."""
+class FailureRules(_Source):
+    """What happens when a reward fails: it raises, takes too long, dies, answers with the wrong shape, or with NaN for a row."""
+
+    timeout_s: float = Field(60.0, gt=0, description="longest a call may take (HTTP: a request); then it is ended, and counts as failed")
+    on_failure: OnFailure = Field(
+        "raise",
+        description="raise: stop the run; retry: try `retries` times more, then stop; drop_group: leave out its whole group, counted; "
+        "default: give the row the raw reward `default`, counted",
+    )
+    retries: int = Field(0, ge=0, description="how often to try again first; needed by retry, allowed with drop_group and default")
+    default: float | None = Field(
+        None, allow_inf_nan=False, description="the raw reward of a row that failed; only with on_failure: default"
+    )
+
+    @model_validator(mode="after")
+    def _every_rule_counts(self) -> FailureRules:
+        if self.on_failure == "raise" and self.retries:
+            raise ValueError(f"retries={self.retries} does nothing with on_failure=raise: set on_failure=retry, or retries=0")
+        if self.on_failure == "retry" and not self.retries:
+            raise ValueError("on_failure=retry says nothing without retries: set retries=1 or more")
+        if self.on_failure == "default" and self.default is None:
+            raise ValueError("on_failure=default needs a value: set default, the raw reward of a row that failed")
+        if self.on_failure != "default" and self.default is not None:
+            raise ValueError(
+                f"default={self.default} does nothing with on_failure={self.on_failure}: leave it out, or set on_failure=default"
+            )
+        return self
+
+    @property
+    def counts_failures(self) -> bool:
+        """Whether the run goes on when a row fails."""
+        return self.on_failure in ("drop_group", "default")
+
+
+class FunctionReward(FailureRules):
+    """`def reward(prompts, completions, **columns) -> list[float | None]` in a process of its own; None abstains."""
 
     kind: Literal["function"]
     path: str = Field(description="`package.module:function` or `file.py:function`")
+    start_timeout_s: float = Field(300.0, gt=0, description="longest that importing the function's module may take")
+
+
+class HttpReward(FailureRules):
+    """An endpoint that judges rows sent to it as JSON (README, "Your reward"). By default a request is tried three times more."""
+
+    kind: Literal["http"]
+    url: str = Field(description="address that takes POST requests, http:// or https://")
+    on_failure: OnFailure = Field(
+        "retry",
+        description="raise: stop the run; retry: send the request `retries` times more, then stop; drop_group: leave out the groups of the "
+        "request's rows, counted; default: give those rows the raw reward `default`, counted",
+    )
+    retries: int = Field(3, ge=0, description="how often to send a request again, with growing pauses; 0 with on_failure: raise")
+    batch_size: int = Field(16, ge=1, description="rows of one request; they fail together when the request fails")
+    concurrency: int = Field(4, ge=1, description="requests on the way at a time, of each reward rank")
+    auth_env: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z_]\w*$",
+        description="environment variable with the token that is sent as `Authorization: Bearer …`; needed on the reward ranks' machines",
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _plain_address(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("url must begin with http:// or https:// and name a host")
+        if parts.username is not None or parts.password is not None:
+            raise ValueError(
+                "url holds a user name or password, which configs must not: put a token into the environment and name it in auth_env"
+            )
+        if parts.fragment:
+            raise ValueError("url has a fragment (#…), which is never sent: leave it out")
+        return url
 
 
 class ModelReward(_Source):
@@ -39,7 +110,7 @@ class ModelReward(_Source):
     overlong: Literal["error", "truncate_left"] = Field("error", description="what to do with a longer input; truncations are counted")
 
 
-Source = Annotated[FunctionReward | ModelReward, Field(discriminator="kind")]
+Source = Annotated[FunctionReward | ModelReward | HttpReward, Field(discriminator="kind")]
 
 
 class MissingStop(Section):

@@ -1,4 +1,7 @@
-"""A reward that is a Python function of the user's: found by import path, called by keyword, held to the contract."""
+"""A reward that is a Python function of the user's: found by import path, called by keyword, held to the contract.
+
+This module runs in the function's own process (`rewards.child`), so it imports nothing that takes long to load.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +13,22 @@ import inspect
 import operator
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, TracebackType
 from typing import Any
 
 from rlhf_dist.config.errors import UserError
-from rlhf_dist.contracts.reward import Reward, RewardRequest, RewardResult, checked_result
+from rlhf_dist.contracts.reward import Attempt, RewardFailure, RewardRequest, checked_attempt
 
 FORM = "write package.module:function or path/to/file.py:function"
-PROBE_COMPLETIONS = ("This is a probe.", "This is another, somewhat longer probe of the reward.")
+LONGEST_MESSAGE, LONGEST_TRACE = 2_000, 20_000
+"""Characters of an exception's message and traceback that are kept."""
 
 
-class FunctionReward:
-    """`def reward(prompts, completions, **columns) -> list[float | None]`, called with lists of one entry a row.
+class UserFunction:
+    """`def reward(prompts, completions, **columns) -> list[float | None]`, called with lists of one entry a row. In this process.
 
     A function without `**kwargs` is given only the arguments that it names, so it may leave out what it does not need.
 
@@ -38,27 +42,29 @@ class FunctionReward:
 
     def __init__(self, name: str, path: str) -> None:
         self.name = name
-        self.path = path
         self._function = load_function(path)
         self._where = f"{path} ({_definition(self._function)})"
         self._named, self._required = self._parameters()
 
-    def __call__(self, request: RewardRequest) -> RewardResult:
-        """Scores every row.
+    def attempt(self, request: RewardRequest) -> Attempt:
+        """Calls the function once.
 
         Raises:
-            UserError: the function needs a column that the data lacks, raises, or returns anything but one finite number or None a row.
+            UserError: the function needs a column that the data lacks: no failure of a call, and no policy for failures mends it.
         """
         arguments = self._arguments(request)
         try:
             values = self._function(**arguments)
-        except (Exception, SystemExit) as error:
-            raise UserError(
-                f"reward {self.name!r} raised {type(error).__name__}: {error}",
-                where=_location(error, _file_of(self._function)),
-                fix="mend the function; return None for a row it cannot judge",
-            ) from error
-        return checked_result(self.name, values, len(request), self._where)
+            return checked_attempt(self.name, values, len(request), self._where)  # inside: what it returned may run the user's code, too
+        except (Exception, SystemExit, KeyboardInterrupt) as error:
+            return Attempt.failed(len(request), self._raised(error, len(request)))
+
+    def _raised(self, error: BaseException, rows: int) -> RewardFailure:
+        what = f"reward {self.name!r} raised {type(error).__name__}: {_shortened(_text(error), LONGEST_MESSAGE)}"
+        where = _location(error, _file_of(self._function))
+        fix = "mend the function; return None for a row it cannot judge"
+        trace = _shortened("".join(traceback.format_exception(type(error), error, _users_part(error))), LONGEST_TRACE)
+        return RewardFailure("exception", what, where, fix, trace, rows=rows, of_call=True)
 
     def _arguments(self, request: RewardRequest) -> dict[str, list[Any]]:
         taken = sorted({"prompts", "completions"} & set(request.columns))
@@ -92,24 +98,6 @@ class FunctionReward:
         by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
         return None if takes_any else frozenset(p.name for p in by_name), tuple(p.name for p in by_name if p.default is p.empty)
-
-
-def probe(reward: Reward, prompts: Sequence[str], columns: Mapping[str, Sequence[Any]]) -> RewardResult:
-    """Calls a reward on the first two real prompts with dummy completions, so that a broken one is found before training.
-
-    Args:
-        prompts: at least one; columns: the other columns of the same rows.
-
-    Raises:
-        UserError: whatever the reward would raise in training: wrong length, text, NaN, a missing column, an exception.
-        ValueError: no prompts.
-    """
-    if not prompts:
-        raise ValueError("probing a reward needs at least one prompt")
-    rows = min(len(prompts), len(PROBE_COMPLETIONS))
-    return reward(
-        RewardRequest(tuple(prompts[:rows]), PROBE_COMPLETIONS[:rows], {key: tuple(values[:rows]) for key, values in columns.items()})
-    )
 
 
 def load_function(path: str) -> Callable[..., Any]:
@@ -209,3 +197,24 @@ def _file_of(function: Callable[..., Any]) -> str | None:
 def _definition(function: Callable[..., Any]) -> str:
     code = getattr(inspect.unwrap(function), "__code__", None)
     return f"{code.co_filename}:{code.co_firstlineno}" if code else type(function).__name__
+
+
+def _users_part(error: BaseException) -> TracebackType | None:
+    """The traceback from the user's first frame on: ours say nothing."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
+        trace = trace.tb_next
+    return trace
+
+
+def _text(error: BaseException) -> str:
+    """The message of an exception whose own `__str__` may be broken."""
+    try:
+        return str(error)
+    except Exception as broken:
+        return f"(its message cannot be shown: {type(broken).__name__})"
+
+
+def _shortened(text: str, limit: int) -> str:
+    """The beginning and the end of a long text."""
+    return text if len(text) <= limit else f"{text[: limit // 2]}\n[… {len(text) - limit} characters left out …]\n{text[-(limit // 2) :]}"

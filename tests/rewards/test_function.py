@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from rlhf_dist.config.errors import UserError
-from rlhf_dist.contracts.reward import RewardRequest
-from rlhf_dist.rewards.function import PROBE_COMPLETIONS, FunctionReward, load_function, probe
+from rlhf_dist.contracts.reward import RewardRequest, RewardResult
+from rlhf_dist.rewards.function import LONGEST_MESSAGE, LONGEST_TRACE, UserFunction, load_function
 
 
 def write(folder: Path, text: str, name: str = "my_reward.py") -> Path:
@@ -19,6 +19,19 @@ def write(folder: Path, text: str, name: str = "my_reward.py") -> Path:
     file.write_text(textwrap.dedent(text), encoding="utf-8")
     importlib.invalidate_caches()
     return file
+
+
+class FunctionReward:
+    """A user's function, called once in this process; its first failure is raised."""
+
+    def __init__(self, name: str, path: str) -> None:
+        self.function = UserFunction(name, path)
+
+    def __call__(self, given: RewardRequest) -> RewardResult:
+        attempt = self.function.attempt(given)
+        for failure in attempt.failures.values():
+            raise failure.error()
+        return RewardResult(self.function.name, attempt.values)
 
 
 def reward_of(folder: Path, text: str) -> FunctionReward:
@@ -213,7 +226,33 @@ def test_an_exception_names_the_users_line_even_when_a_library_raised_it(tmp_pat
     with pytest.raises(UserError, match="reward 'r' raised JSONDecodeError: Expecting value") as caught:
         reward(request())
     assert caught.value.where == f"{tmp_path / 'my_reward.py'}:4"
-    assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_a_failed_call_fails_for_every_row_with_the_users_part_of_the_traceback(tmp_path: Path) -> None:
+    attempt = reward_of(tmp_path, "def reward(completions):\n    raise KeyError('k')").function.attempt(request())
+    assert attempt.values == (None,) * 3 and sorted(attempt.failures) == [0, 1, 2]
+    failure = attempt.failures[0]
+    assert (failure.kind, failure.of_call, failure.rows) == ("exception", True, 3)
+    assert failure.trace.startswith("Traceback") and "my_reward.py" in failure.trace and "function.py" not in failure.trace
+
+
+def test_rows_fail_one_by_one_and_the_others_keep_their_scores(tmp_path: Path) -> None:
+    attempt = reward_of(tmp_path, "def reward(completions):\n    return [1.0, float('nan'), None]").function.attempt(request())
+    assert attempt.values == (1.0, None, None) and list(attempt.failures) == [1]
+    assert (attempt.failures[1].kind, attempt.failures[1].of_call) == ("value", False)
+
+
+@pytest.mark.parametrize("raised", ["SystemExit(3)", "KeyboardInterrupt()", "Mute()", "ValueError('x' * 10**6)", "RecursionError()"])
+def test_whatever_it_raises_is_a_failure_of_bounded_length(tmp_path: Path, raised: str) -> None:
+    text = f"class Mute(Exception):\n    def __str__(self): raise OSError\ndef reward(completions):\n    raise {raised}"
+    failure = reward_of(tmp_path, text).function.attempt(request()).failures[0]
+    assert raised.split("(")[0] in failure.what
+    assert len(failure.what) < 2 * LONGEST_MESSAGE and len(failure.trace) < 2 * LONGEST_TRACE
+
+
+def test_a_returned_object_that_raises_is_a_failure(tmp_path: Path) -> None:
+    text = "class Odd(list):\n    def __len__(self): raise OSError('odd')\ndef reward(completions):\n    return Odd()"
+    assert "raised OSError: odd" in reward_of(tmp_path, text).function.attempt(request()).failures[0].what
 
 
 def test_an_exception_behind_a_decorator_names_the_users_line(tmp_path: Path) -> None:
@@ -257,31 +296,3 @@ def test_none_abstains_and_numbers_of_libraries_count(tmp_path: Path) -> None:
     assert reward(request(kind=["torch"] * 3)).values == (1.0, 1.0, 1.0)
     assert reward(request(kind=["none"] * 3)).values == (None, 1.0, 2.0)
     assert all(type(value) is float for value in reward(request(kind=["torch"] * 3)).values)
-
-
-def test_probe_calls_the_reward_on_two_real_prompts(tmp_path: Path) -> None:
-    reward = reward_of(tmp_path, "calls = []\ndef reward(**kwargs):\n    calls.append(kwargs)\n    return [0.0] * len(kwargs['prompts'])")
-    probe(reward, ["one", "two", "three"], {"answer": [1, 2, 3]})
-    calls = load_function(f"{tmp_path / 'my_reward.py'}:reward").__globals__["calls"]
-    assert calls == [{"prompts": ["one", "two"], "completions": list(PROBE_COMPLETIONS), "answer": [1, 2]}]
-
-
-def test_probe_with_one_prompt_and_with_none(tmp_path: Path) -> None:
-    reward = reward_of(tmp_path, "def reward(prompts): return [0.0] * len(prompts)")
-    assert probe(reward, ["one"], {}).values == (0.0,)
-    with pytest.raises(ValueError):
-        probe(reward, [], {})
-
-
-@pytest.mark.parametrize(
-    "body, message",
-    [
-        ("return [0.0]", "1 values for 2"),
-        ("return ['good', 'bad']", "'good'"),
-        ("return [0.0, float('nan')]", "nan for row 1"),
-        ("raise OSError('down')", "OSError: down"),
-    ],
-)
-def test_probe_finds_faults_before_training(tmp_path: Path, body: str, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        probe(reward_of(tmp_path, f"def reward(completions):\n    {body}"), ["one", "two"], {})

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.config.rewards import RewardSection
 from rlhf_dist.contracts.experience import StopReason
-from rlhf_dist.rewards.mixture import MixedScores, RewardMixer
+from rlhf_dist.rewards.mixture import Faults, MixedScores, RewardMixer
 
 STOP, STRING, LENGTH = StopReason.STOP_TOKEN, StopReason.STOP_STRING, StopReason.LENGTH
 
@@ -166,3 +166,56 @@ def test_state_survives_json_and_later_mixes_are_equal() -> None:
 def test_the_state_of_other_rewards_is_refused() -> None:
     with pytest.raises(UserError, match=r"\['x'\].*\['a', 'b'\]"):
         RewardMixer(section(), 10).load_state_dict({"x": {"count": 0, "mean": 0.0, "m2": 0.0}})
+
+
+DROPS = {"name": "a", "on_failure": "drop_group", "retries": 1}
+DEFAULTS = {"name": "b", "on_failure": "default", "default": 0.5, "weight": 2.0, "normalise": "standardise"}
+
+
+def test_a_failed_row_takes_its_group_along_also_when_other_rewards_scored_it() -> None:
+    faults = Faults(failed={"a": {1}}, retried={"a": 3}, timeouts={"a": 2})
+    mixed = mix(RewardMixer(section(DROPS, {"name": "c"}), 10), {"a": [1.0, None, 3.0, 4.0], "c": [1.0] * 4}, group_size=2, faults=faults)
+    assert mixed.keep == (False, False, True, True) and mixed.scores[2:] == (4.0, 5.0) and mixed.dropped_by_failure == 2
+    means = mixed.tally.means()
+    assert (means["rewards/a_failed"], means["rewards/a_retried"], means["rewards/a_timeouts"]) == (1, 3, 2)
+    assert (means["rewards/dropped_failed"], means["rewards/dropped_samples"]) == (2, 2)
+    assert means["rewards/a"] == pytest.approx(8 / 3) and means["rewards/a_abstained"] == 0, "a failure is no abstention"
+
+
+def test_abstention_and_failure_are_dropped_apart() -> None:
+    mixed = mix(RewardMixer(section(DROPS), 10), {"a": [None, 1.0, None, 2.0, 3.0, 4.0]}, group_size=2, faults=Faults(failed={"a": {2}}))
+    means = mixed.tally.means()
+    assert mixed.keep == (False, False, False, False, True, True)
+    assert (means["rewards/dropped_failed"], means["rewards/dropped_samples"], mixed.dropped_by_failure) == (2, 4, 2)
+    assert (means["rewards/a_failed"], means["rewards/a_abstained"]) == (1, pytest.approx(1 / 6))
+
+
+def test_a_default_is_mixed_but_never_learnt_from() -> None:
+    """Moments of 1 and 3 alone: mean 2, σ √2; the default 0.5 is normalised by them."""
+    mixer = RewardMixer(section(DEFAULTS), 10)
+    mixed = mix(mixer, {"b": [1.0, 0.5, 3.0]}, faults=Faults(defaulted={"b": {1}}))
+    assert mixer.state_dict()["b"] == {"count": 2, "mean": 2.0, "m2": 2.0}
+    assert mixed.scores == pytest.approx(tuple(2 * (x - 2) / 2**0.5 for x in (1.0, 0.5, 3.0))) and all(mixed.keep)
+    means = mixed.tally.means()
+    assert (means["rewards/b_defaulted"], means["rewards/b_timeouts"], means["rewards/b"], means["rewards/b_abstained"]) == (1, 0, 2.0, 0)
+
+
+def test_what_a_rule_cannot_lead_to_is_no_metric() -> None:
+    plain = mix(RewardMixer(section(), 10), {"a": [1.0], "b": [1.0]}).tally.means()
+    assert not any(name.endswith(("_failed", "_defaulted", "_retried", "_timeouts")) for name in plain)
+    counting = mix(RewardMixer(section(DROPS, DEFAULTS), 10), {"a": [1.0], "b": [1.0]}).tally.means()
+    expected = {
+        "rewards/a_failed",
+        "rewards/a_timeouts",
+        "rewards/a_retried",
+        "rewards/b_defaulted",
+        "rewards/b_timeouts",
+        "rewards/dropped_failed",
+    }
+    assert counting.keys() - plain.keys() == expected and all(counting[name] == 0 for name in expected)
+    assert RewardMixer(section(DROPS, DEFAULTS, {"name": "c"}), 10).fallible == {"a", "b"}
+
+
+def test_when_all_is_dropped_the_failures_are_named() -> None:
+    with pytest.raises(UserError, match=r"all 2 samples were dropped: .*reward .a. failed on 1"):
+        mix(RewardMixer(section(DROPS), 10), {"a": [None, 1.0]}, group_size=2, faults=Faults(failed={"a": {0}}))
