@@ -1,4 +1,5 @@
-"""An engine: one sharded model and, if it trains, its optimiser. Five verbs; the quirks of the backend stay behind them."""
+"""An engine: one sharded model and, if it trains, its optimiser. Forward, backward, step, export, save and load; the quirks of the backend
+stay behind them."""
 
 from __future__ import annotations
 
@@ -17,11 +18,25 @@ Outputs = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class StepInfo:
-    """What an optimizer step reports: gradient norm before clipping over all ranks, learning rate, and whether fp16 overflow skipped it."""
+    """What an optimizer step reports.
+
+    grad_norm: over all ranks, before clipping; not finite where the gradient was not. lr: learning rate. skipped: the gradient was not
+    finite, so weights and moments were left as they were. overflow: that is what fp16 does while it looks for its loss scale.
+    """
 
     grad_norm: float
     lr: float
     skipped: bool = False
+    overflow: bool = False
+
+
+@dataclass(frozen=True)
+class SavedFile:
+    """A file of a checkpoint, on disk for good. name: relative to its folder. sha256: of its bytes, in hexadecimal."""
+
+    name: str
+    bytes: int
+    sha256: str
 
 
 class Objective(Protocol):
@@ -44,11 +59,22 @@ class Engine(Protocol):
         ...
 
     def forward_backward(self, microbatches: Sequence[SequenceBatch], objective: Objective, denominator: float) -> Tally:
-        """Accumulates the gradient of Σ loss / denominator over all ranks and microbatches. The denominator is global."""
+        """Accumulates the gradient of Σ loss / denominator over all ranks and microbatches. The denominator is global.
+
+        A loss that is not finite, on one rank, makes the gradient not finite on all: the step that follows is skipped.
+        """
         ...
 
     def optimizer_step(self) -> StepInfo:
-        """Clips, steps, advances the schedule, clears the gradient."""
+        """Clips, steps, advances the schedule, clears the gradient. A gradient that is not finite changes nothing but the schedule."""
+        ...
+
+    def unsound_weights(self) -> str:
+        """The first trained weight of which this rank holds a number that is not finite; empty where there is none. Not collective."""
+        ...
+
+    def any_rank(self, mine: bool) -> bool:
+        """Whether it is so on some rank."""
         ...
 
     def export_weights(self, merged: bool = True, bucket_bytes: int = ...) -> Iterator[dict[str, Tensor]]:
@@ -58,10 +84,21 @@ class Engine(Protocol):
         """
         ...
 
-    def save(self, folder: Path) -> None:
-        """Writes weights and optimiser state, shard by shard."""
+    def begin_save(self, folder: Path) -> None:
+        """Copies what this rank has of trained weights and optimiser state; a thread writes it into the folder while training goes on.
+
+        One save at a time: a second waits until the first is written.
+        """
+        ...
+
+    def saved(self, wait: bool) -> tuple[SavedFile, ...] | None:
+        """The files that this rank's last save wrote, durable; None while it is still writing and the caller does not wait.
+
+        Raises:
+            UserError: the save failed.
+        """
         ...
 
     def load(self, folder: Path) -> None:
-        """Restores what `save` wrote."""
+        """Restores what a save wrote, of any number of ranks; a pending gradient is dropped."""
         ...

@@ -1,7 +1,8 @@
-"""Whole weights out of the shards of a DeepSpeed checkpoint, whatever its ZeRO stage and its number of ranks; adapters merged.
+"""Whole weights out of the files of an engine's checkpoint, or of the shards of a DeepSpeed one, whatever its ZeRO stage and its number of
+ranks; adapters merged.
 
-The shards are pickles. They are read with `weights_only`, so that they can name nothing but tensors, plain containers and the four kinds
-of objects that DeepSpeed writes: a file that would run code while it is read is refused.
+DeepSpeed's shards are pickles. They are read with `weights_only`, so that they can name nothing but tensors, plain containers and the four
+kinds of objects that DeepSpeed writes: a file that would run code while it is read is refused.
 """
 
 from __future__ import annotations
@@ -22,14 +23,16 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf_dist.config.engines import EngineSection, LoraSection
 from rlhf_dist.config.errors import UserError
-from rlhf_dist.engines.deepspeed import TAG
 from rlhf_dist.engines.process import quiet_deepspeed
+from rlhf_dist.engines.state_files import INDEX, SavedState
 from rlhf_dist.models.loading import CLASSIFIER, TORCH_DTYPES, generation_settings, load_config, load_pretrained, precision_of
 from rlhf_dist.models.lora import add_adapter, named_weights
 from rlhf_dist.models.padding import grow_embeddings
 from rlhf_dist.models.saving import ORIGIN, Origin
 
 LATEST = "latest"
+TAG = "engine"
+"""The subfolder of the shards in a checkpoint that our engines wrote through DeepSpeed, which they did at first."""
 OURS = "model."
 """The name of the Hugging Face model inside the modules that our engines train."""
 
@@ -47,7 +50,7 @@ def consolidate(folder: Path, base: str | None = None) -> Whole:
     """Puts a checkpoint's shards together.
 
     Args:
-        folder: what `DeepSpeedEngine.save` wrote, or another program's ZeRO checkpoint.
+        folder: what a `DeepSpeedEngine` saved, or another program's ZeRO checkpoint.
         base: the model that it was trained from, where the checkpoint does not name it or names a folder that is no longer there.
 
     Raises:
@@ -67,8 +70,10 @@ def read_shards(folder: Path) -> dict[str, Tensor]:
     """Every weight that a checkpoint holds, under its module's names: fp32 where it was trained, else as it was held.
 
     Raises:
-        UserError: files are missing, or one of them holds anything but data.
+        UserError: files are missing or damaged, or one of them holds anything but data.
     """
+    if (folder / INDEX).is_file():
+        return SavedState(folder).weights()
     tag = TAG if (folder / TAG).is_dir() else (folder / LATEST).read_text(encoding="utf-8").strip()
     shards = folder / tag
     try:

@@ -1,10 +1,12 @@
-"""The DeepSpeed engine: five verbs over one ZeRO-sharded module. Every quirk of DeepSpeed's gradient scaling lives in this file."""
+"""The DeepSpeed engine: the verbs of `contracts.Engine` over one ZeRO-sharded module. Every quirk of its gradient scaling is here."""
 
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +18,42 @@ from rlhf_dist.algos.schedules import lr_factor
 from rlhf_dist.config.deepspeed import zero_stage
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.config.optim import OptimSection
-from rlhf_dist.contracts.engine import Objective, Outputs, StepInfo
+from rlhf_dist.contracts.engine import Objective, Outputs, SavedFile, StepInfo
 from rlhf_dist.contracts.roles import RestInfo
 from rlhf_dist.contracts.tally import Tally
+from rlhf_dist.engines.fragments import (
+    drop_gradients,
+    fill,
+    fragments,
+    host_pieces,
+    refuse_unsaveable,
+    restore_scaler,
+    scaler_of,
+    step_or_say_why,
+    unsound,
+    weights_from_masters,
+)
 from rlhf_dist.engines.offload import Parking, own_weights, scratch_storages, training_storages, weight_storages
 from rlhf_dist.engines.process import Rank, quiet_deepspeed
+from rlhf_dist.engines.state_files import (
+    BUFFERS,
+    FORMAT,
+    INDEX,
+    Index,
+    Piece,
+    SavedState,
+    StateWriter,
+    rank_file,
+    settled,
+    write_buffers,
+    write_index,
+    write_pieces,
+    writing,
+)
 from rlhf_dist.models.lora import named_weights, trained_weights
-from rlhf_dist.models.saving import write_origin
+from rlhf_dist.models.saving import ORIGIN, write_origin
 
 BUCKET_BYTES = 256 * 2**20
-TAG = "engine"  # DeepSpeed's name for the one checkpoint in a folder
 
 
 @dataclass(frozen=True)
@@ -46,7 +74,7 @@ class DeepSpeedEngine:
         training: None for an engine that only runs forward.
 
     Raises:
-        UserError: fp16 on a CPU, which DeepSpeed refuses.
+        UserError: fp16 on a CPU, which DeepSpeed refuses; a DeepSpeed config under which training could not be saved or checked.
     """
 
     def __init__(self, module: nn.Module, config: dict[str, Any], rank: Rank, training: Training | None = None) -> None:
@@ -56,6 +84,9 @@ class DeepSpeedEngine:
         self.stage = zero_stage(config)
         self._training = training
         self._steps_taken = 0
+        self._dtype = next((name for name in ("fp16", "bf16") if config.get(name, {}).get("enabled")), "fp32")
+        if training is not None:
+            refuse_unsaveable(config)
         optimizer = _adamw(module, training.optim, self.device) if training else None
         if training is None and self.stage == 0:
             self._engine: Any = None
@@ -65,6 +96,7 @@ class DeepSpeedEngine:
             self.module = self._engine.module
         self.module.eval()
         self._training_state, self._weights = Parking(self.device), Parking(self.device)
+        self._writer = StateWriter()
 
     def rest(self, *, weights: bool = False) -> int:
         """Takes what only training needs out of the device, and the weights as well if asked; returns the bytes that left so far.
@@ -113,6 +145,7 @@ class DeepSpeedEngine:
 
         DeepSpeed divides what it reduces by the number of ranks and, at the boundary, not by our number of microbatches
         (gradient_accumulation_steps is 1): so the loss is multiplied by the ranks, and the boundary is set by hand.
+        A loss that is not finite is replaced by one whose gradient is NaN throughout, which all ranks see in the norm that they share.
         """
         self._trained()
         self.wake(training=True)
@@ -127,6 +160,8 @@ class DeepSpeedEngine:
             if number < len(microbatches):
                 loss, counted = objective(outputs, batch.to(self.device))
                 tally.merge(counted)
+                if not math.isfinite(float(loss.detach())):  # its own gradient may be finite
+                    loss = sum(tensor.sum() * math.nan for tensor in outputs.values() if tensor.requires_grad)
             else:
                 loss = sum(tensor.sum() * 0.0 for tensor in outputs.values() if tensor.requires_grad)
             self._engine.backward(loss * (self.world_size / denominator))
@@ -134,7 +169,14 @@ class DeepSpeedEngine:
         return tally
 
     def optimizer_step(self) -> StepInfo:
-        """Clips, steps, advances the schedule, clears the gradient. The norm is global, before clipping."""
+        """Clips, steps, advances the schedule, clears the gradient. The norm is global, before clipping.
+
+        A gradient that is not finite on any rank is dropped on all: weights and moments stay as they are. The ZeRO optimisers see that from
+        the norm that they share; without ZeRO nobody looks, but every rank holds the whole gradient.
+
+        Raises:
+            UserError: fp16's loss scale cannot become smaller, and the gradient overflows still.
+        """
         training = self._trained()
         optim = training.optim
         lr = optim.lr * lr_factor(self._steps_taken, training.total_steps, optim.warmup_steps, optim.schedule)
@@ -142,10 +184,23 @@ class DeepSpeedEngine:
             group["lr"] = lr
         skipped_before = self._engine.skipped_steps
         norm = _replicated_norm(self.module) if self.stage == 0 else None
-        self._engine.step()
+        if norm is None or math.isfinite(norm):
+            step_or_say_why(self._engine)
+        else:
+            drop_gradients(self.module, self._engine.optimizer, self.stage)
+            self._engine.skipped_steps += 1
         self._steps_taken += 1
         norm = float(self._engine.get_global_grad_norm() or 0.0) if norm is None else norm
-        return StepInfo(norm, lr, self._engine.skipped_steps > skipped_before)
+        skipped = self._engine.skipped_steps > skipped_before
+        return StepInfo(norm, lr, skipped, overflow=skipped and self._dtype == "fp16")
+
+    def unsound_weights(self) -> str:
+        """The first trained weight of which this rank owns a number that is not finite (in fp32, where that is kept); empty: none."""
+        return unsound(fragments(self.module, self._engine.optimizer, self.stage))
+
+    def any_rank(self, mine: bool) -> bool:
+        """Whether it is so on some rank. Collective."""
+        return bool(self._agreed_rounds(int(mine)))
 
     def export_weights(self, merged: bool = True, bucket_bytes: int = BUCKET_BYTES) -> Iterator[dict[str, Tensor]]:
         """Weights in buckets of bounded size, copies all of them.
@@ -168,46 +223,61 @@ class DeepSpeedEngine:
         if bucket:
             yield bucket
 
-    def save(self, folder: Path) -> None:
-        """Writes weights and optimiser state, one file a rank, and what `engines.consolidation` needs to know of the model.
+    def begin_save(self, folder: Path) -> None:
+        """Copies what this rank has of fp32 weights and moments to host memory; a thread writes it while training goes on (`state_files`).
 
-        Frozen weights are left out: they are those of the base model, whose folder is named instead.
-        """
-        self._trained()
-        self.wake(training=True)
-        self._engine.save_checkpoint(
-            str(folder),
-            tag=TAG,
-            client_state={"steps_taken": self._steps_taken},
-            save_latest=False,
-            exclude_frozen_parameters=self._freezes(),
-        )
-        if self.rank == 0:
-            write_origin(self.module.model, folder)
-
-    def load(self, folder: Path) -> None:
-        """Restores what `save` wrote.
+        Frozen weights are left out: they are those of the base model, whose folder is named instead. Waits while an earlier save is being
+        written: at no time are there two copies. No collective.
 
         Raises:
-            UserError: the folder holds no checkpoint of this engine.
+            UserError: the earlier save failed and `saved` was not asked.
+        """
+        self._trained()
+        self._writer.wait()
+        self.wake(training=True)
+        writes = self.stage > 0 or self.rank == 0
+        owned = fragments(self.module, self._engine.optimizer, self.stage) if writes else []
+        pieces = host_pieces(owned, self._engine.optimizer, self.stage)
+        index = self._index() if self.rank == 0 else None
+        buffers = {name: held.detach().cpu().clone() for name, held in self._buffers().items()} if self.rank == 0 else {}
+        self._writer.begin(partial(self._write, folder, pieces, index, buffers))
+
+    def saved(self, wait: bool) -> tuple[SavedFile, ...] | None:
+        """The files that this rank's last save wrote, durable; None while it is still writing and the caller does not wait.
+
+        Raises:
+            UserError: it could not be written; what was written of it is gone.
+        """
+        return self._writer.saved(wait)
+
+    def load(self, folder: Path) -> None:
+        """Restores what a save wrote, of any number of ranks at any ZeRO stage in any precision. A pending gradient is dropped.
+
+        Optimiser settings (learning rate, betas) stay those of this engine.
+
+        Raises:
+            UserError: the folder holds no whole checkpoint, or one of a model that trains other weights; on all ranks if on one.
         """
         self._trained()
         self.wake(training=True)
-        kept = _load_trained if self._freezes() else None
-        path, state = None, {}
-        if (folder / TAG).is_dir():
-            path, state = self._engine.load_checkpoint(str(folder), tag=TAG, custom_load_fn=kept)
-        if path is None:
-            fix = "name a folder that `save` wrote with the same ranks and ZeRO stage"
-            raise UserError("the folder holds no engine checkpoint", where=str(folder), fix=fix)
-        self._steps_taken = state["steps_taken"]
+        saved = self._opened(folder)
+        optimizer = self._engine.optimizer
+        drop_gradients(self.module, optimizer, self.stage)
+        fill(fragments(self.module, optimizer, self.stage), optimizer, self.stage, saved)
+        weights_from_masters(optimizer, self.stage)
+        for name, held in self._buffers().items():
+            held.copy_(saved.buffers[name])
+        restore_scaler(optimizer, saved.index.scaler)
+        self._steps_taken = saved.index.steps_taken
+        self._engine.global_steps, self._engine.skipped_steps = saved.index.global_steps, saved.index.skipped_steps
         self.module.eval()
 
     def close(self) -> None:
-        """Frees the weights and the optimiser's buckets; no other verb may follow. Safe to call twice.
+        """Frees the weights and the optimiser's buckets, once a running save is written; no other verb may follow. Safe to call twice.
 
         Under ZeRO 3 DeepSpeed remembers every module that it ever sharded, so it is not enough to let go of the engine.
         """
+        self._writer.close()
         for parameter in self.module.parameters() if self.module is not None else ():
             for held in (parameter, getattr(parameter, "ds_tensor", None)):
                 if held is not None:
@@ -219,8 +289,57 @@ class DeepSpeedEngine:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _freezes(self) -> bool:
-        return not all(parameter.requires_grad for parameter in self.module.parameters())
+    def _write(self, folder: Path, pieces: list[Piece], index: Index | None, buffers: dict[str, Tensor]) -> tuple[SavedFile, ...]:
+        """In the writer's thread: this rank's file, and on rank 0 what the ranks have in common."""
+        with writing(folder) as files:
+            if pieces:
+                files.append(write_pieces(folder / rank_file(self.rank), pieces))
+            if index is not None:
+                files.append(write_index(folder / INDEX, index))
+                write_origin(self.module.model, folder)
+                files += [settled(folder / name) for name in ("config.json", ORIGIN)]
+            if buffers:
+                files.append(write_buffers(folder / BUFFERS, buffers))
+        return tuple(files)
+
+    def _index(self) -> Index:
+        engine = self._engine
+        counts = {"steps_taken": self._steps_taken, "global_steps": engine.global_steps, "skipped_steps": engine.skipped_steps}
+        return Index(
+            format=FORMAT,
+            world_size=self.world_size,
+            files=self.world_size if self.stage else 1,
+            stage=self.stage,
+            dtype=self._dtype,
+            parameters=self._shapes(),
+            scaler=scaler_of(engine.optimizer),
+            **counts,
+        )
+
+    def _opened(self, folder: Path) -> SavedState:
+        """The checkpoint, once every rank has found it whole and its own: what follows is a collective."""
+        refused = None
+        try:
+            saved = SavedState(folder)
+            _same_model(saved, self._shapes(), self._buffers(), folder)
+        except UserError as error:
+            refused = error
+        if self._agreed_rounds(int(refused is not None)):
+            fix = "see the other ranks' reports; all ranks must reach the folder"
+            raise refused or UserError("another rank cannot use the checkpoint", where=f"{folder}, rank {self.rank}", fix=fix)
+        return saved
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of what is trained, whole, by name."""
+        named = {name: parameter for name, parameter in self.module.named_parameters() if parameter.requires_grad}
+        return {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in named.items()}
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """Those that a checkpoint keeps; where weights are frozen they too come with the base model."""
+        if not all(parameter.requires_grad for parameter in self.module.parameters()):
+            return {}
+        held = self.module.state_dict(keep_vars=True)
+        return {name: tensor for name, tensor in held.items() if not isinstance(tensor, nn.Parameter)}
 
     def _trained(self) -> Training:
         assert self._training is not None, "an engine without training settings runs forward only"
@@ -240,22 +359,25 @@ class DeepSpeedEngine:
 def _adamw(module: nn.Module, optim: OptimSection, device: torch.device) -> torch.optim.Optimizer:
     parameters = [p for p in module.parameters() if p.requires_grad]
     module.to(device)
+    for parameter in parameters:
+        parameter.data = parameter.data.contiguous()  # a checkpoint holds them flattened
     return torch.optim.AdamW(parameters, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True)
 
 
-def _load_trained(src: dict[str, Tensor], dst: nn.Module) -> None:
-    """Loads the weights that are trained: the checkpoint holds no others.
+def _same_model(saved: SavedState, shapes: dict[str, tuple[int, ...]], buffers: dict[str, Tensor], folder: Path) -> None:
+    """Holds a checkpoint against the model that is to take it.
 
     Raises:
-        UserError: it holds others than this model trains.
+        UserError: it trains other weights, or weights of other shapes; the first of them is named.
     """
-    trained = {name for name, parameter in dst.named_parameters() if parameter.requires_grad}
-    buffers = {name for name, held in dst.state_dict(keep_vars=True).items() if not isinstance(held, nn.Parameter)}
-    missing, unexpected = dst.load_state_dict(src, strict=False)
-    odd = sorted({*unexpected, *((trained | buffers) & set(missing))})
+    found = {**saved.index.parameters, **{name: tuple(held.shape) for name, held in saved.buffers.items()}}
+    wanted = {**shapes, **{name: tuple(held.shape) for name, held in buffers.items()}}
+    odd = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
     if odd:
-        fix = "resume with the adapter settings that the run began with"
-        raise UserError(f"the checkpoint is of a model that trains other weights: {odd[0]}", where="engine checkpoint", fix=fix)
+        sides = ((found, "in the checkpoint"), (wanted, "here"))
+        what = " and ".join(f"{list(side[odd[0]])} {place}" if odd[0] in side else f"absent {place}" for side, place in sides)
+        fix = "resume with the model and the adapter settings that the run began with"
+        raise UserError(f"the checkpoint is of a model that trains other weights: {odd[0]} is {what}", where=str(folder), fix=fix)
 
 
 def _replicated_norm(module: nn.Module) -> float:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from rlhf_dist.engines.memory import keep_freed_memory
 from rlhf_dist.models.quiet import quiet_libraries
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+COLLECTIVE_TIMEOUT_S = 1800.0
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -41,8 +41,12 @@ def launched_world_size() -> int | None:
     return int(size) if size and "RANK" in os.environ else None
 
 
-def start_process_group(rank: int, world_size: int, local_rank: int, address: str, port: int) -> Rank:
+def start_process_group(
+    rank: int, world_size: int, local_rank: int, address: str, port: int, timeout_s: float = COLLECTIVE_TIMEOUT_S
+) -> Rank:
     """Joins the ranks: NCCL on GPUs, gloo on CPUs. Joining again as the same rank changes nothing.
+
+    timeout_s: after which a collective gives up; where others supervise the ranks, it leaves them the first word.
 
     DeepSpeed's shared-memory op is left out on CPU: compiling it takes longer than most tests, and gloo needs none.
 
@@ -62,7 +66,7 @@ def start_process_group(rank: int, world_size: int, local_rank: int, address: st
     else:
         keep_freed_memory()
     backend = "nccl" if on_gpu else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, timeout=COLLECTIVE_TIMEOUT, auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout_s), auto_mpi_discovery=False, verbose=False)
     return Rank(rank, world_size, local_rank, f"cuda:{local_rank}" if on_gpu else "cpu")
 
 

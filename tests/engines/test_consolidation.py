@@ -1,4 +1,5 @@
-"""Shards of a checkpoint put together are the weights that the engine exports, bit for bit; what is no checkpoint is refused unread."""
+"""The files of a checkpoint, ours or DeepSpeed's, put together are the weights that the engine exports, bit for bit; what is none is
+refused unread."""
 
 import json
 import shutil
@@ -17,6 +18,7 @@ PROGRAM = Path(__file__).parents[1] / "distributed" / "programs" / "adapters.py"
 STAGES = {"full": range(4), "qlora": range(4), "lora": (0, 2), "value": (0, 3), "reward": (0, 3)}
 CASES = [f"{kind}_fp32_zero{stage}" for kind, stages in STAGES.items() for stage in stages]
 HALF = ["full_bf16_zero2", "qlora_bf16_zero3"]
+DEEPSPEEDS = [*(f"full_fp32_zero{stage}" for stage in range(4)), "full_bf16_zero2", "lora_fp32_zero2", "qlora_fp32_zero0"]
 TOKENS = torch.arange(4, 12)[None]
 
 
@@ -35,6 +37,15 @@ def runs(run_ranks: Any, wide_model: Path, tmp_path_factory: pytest.TempPathFact
 def test_a_checkpoint_of_two_ranks_is_what_the_engine_exports(case: str, runs: Any) -> None:
     folder, _ = runs[2]
     want, got = torch.load(folder / f"{case}.pt"), consolidate(folder / case).weights
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], want[name]) and got[name].dtype == want[name].dtype for name in want)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", DEEPSPEEDS)
+def test_deepspeeds_own_checkpoint_is_too(case: str, runs: Any) -> None:
+    folder, _ = runs[2]
+    want, got = torch.load(folder / f"{case}.pt"), consolidate(folder / "deepspeed" / case).weights
     assert got.keys() == want.keys()
     assert all(torch.equal(got[name], want[name]) and got[name].dtype == want[name].dtype for name in want)
 
@@ -75,10 +86,16 @@ def checkpoint(runs: Any, tmp_path: Path) -> Any:
     return lambda case: Path(shutil.copytree(runs[2][0] / case, tmp_path / case))
 
 
+@pytest.fixture
+def shards(runs: Any, tmp_path: Path) -> Any:
+    """`shards(case)`: a copy of DeepSpeed's own checkpoint to change."""
+    return lambda case: Path(shutil.copytree(runs[2][0] / "deepspeed" / case, tmp_path / "deepspeed" / case))
+
+
 @pytest.mark.distributed
-def test_an_ordinary_checkpoint_is_found_by_its_latest_file(checkpoint: Any, runs: Any, wide_model: Path) -> None:
+def test_an_ordinary_checkpoint_is_found_by_its_latest_file(shards: Any, runs: Any, wide_model: Path) -> None:
     """As other programs write it: a tag of their own, no word about the model."""
-    folder = checkpoint("full_fp32_zero3")
+    folder = shards("full_fp32_zero3")
     (folder / "engine").rename(folder / "global_step3")
     (folder / "latest").write_text("global_step3")
     for name in ("origin.json", "config.json"):
@@ -88,7 +105,7 @@ def test_an_ordinary_checkpoint_is_found_by_its_latest_file(checkpoint: Any, run
     assert "--base" in caught.value.fix
     got, want = consolidate(folder, str(wide_model)).weights, torch.load(runs[2][0] / "full_fp32_zero3.pt")
     assert all(torch.equal(got[name], want[name]) for name in want)
-    adapters = checkpoint("lora_fp32_zero2")
+    adapters = shards("lora_fp32_zero2")
     (adapters / "origin.json").unlink()
     with pytest.raises(UserError, match="adapters of another program"):
         consolidate(adapters, str(wide_model))
@@ -133,8 +150,8 @@ class Trap:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", ["full_fp32_zero0", "full_fp32_zero1", "full_fp32_zero3"])
-def test_files_that_would_run_code_are_refused_unread(case: str, checkpoint: Any, tmp_path: Path) -> None:
-    folder = checkpoint(case)
+def test_files_that_would_run_code_are_refused_unread(case: str, shards: Any, tmp_path: Path) -> None:
+    folder = shards(case)
     for path in (folder / "engine").glob("*model_states.pt"):
         torch.save({"module": {}, "buffer_names": Trap(tmp_path / "ran")}, path)
     with pytest.raises(UserError, match="hold more than data"):
@@ -147,13 +164,22 @@ def test_files_that_would_run_code_are_refused_unread(case: str, checkpoint: Any
     ("case", "lost"),
     [("full_fp32_zero2", "*rank_1*optim*"), ("full_fp32_zero3", "*rank_0*model*"), ("full_fp32_zero0", "*model_states.pt")],
 )
-def test_a_missing_shard_is_no_smaller_model(case: str, lost: str, checkpoint: Any) -> None:
-    folder = checkpoint(case)
+def test_a_missing_shard_is_no_smaller_model(case: str, lost: str, shards: Any) -> None:
+    folder = shards(case)
     for path in list((folder / "engine").glob(lost)):
         path.unlink()
     with pytest.raises(UserError, match="not complete") as caught:
         consolidate(folder)
     assert caught.value.where == str(folder / "engine")
+
+
+@pytest.mark.distributed
+def test_a_missing_file_of_ours_is_no_smaller_model_either(checkpoint: Any) -> None:
+    folder = checkpoint("full_fp32_zero2")
+    (folder / "rank_00001.safetensors").unlink()
+    with pytest.raises(UserError, match="a file of the checkpoint is missing") as caught:
+        consolidate(folder)
+    assert caught.value.where == str(folder / "rank_00001.safetensors")
 
 
 @pytest.mark.distributed

@@ -2,12 +2,15 @@
 
 import copy
 import json
+import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -16,12 +19,14 @@ from rlhf_dist.config.deepspeed import resolve_deepspeed
 from rlhf_dist.config.engines import LoraSection
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.config.optim import OptimSection
-from rlhf_dist.contracts.engine import Outputs
+from rlhf_dist.contracts.engine import Outputs, SavedFile, StepInfo
 from rlhf_dist.contracts.experience import SequenceBatch
 from rlhf_dist.contracts.tally import Tally
+from rlhf_dist.engines import deepspeed
 from rlhf_dist.engines.deepspeed import DeepSpeedEngine, Training
 from rlhf_dist.engines.offload import weight_storages
 from rlhf_dist.engines.process import Rank
+from rlhf_dist.engines.state_files import write_pieces
 from rlhf_dist.models.logprobs import HeadOptions
 from rlhf_dist.models.lora import add_adapter, named_weights
 from rlhf_dist.models.policy import PolicyModule
@@ -100,6 +105,13 @@ def autograd(model: nn.Module, microbatches: Sequence[SequenceBatch]) -> dict[st
             single = microbatch.select([row])
             (objective(twin(**twin.inputs(single)), single)[0] / DENOMINATOR).backward()
     return {name: parameter.grad for name, parameter in twin.model.named_parameters() if parameter.grad is not None}
+
+
+def save(engine: DeepSpeedEngine, folder: Path) -> tuple[SavedFile, ...]:
+    engine.begin_save(folder)
+    files = engine.saved(wait=True)
+    assert files is not None
+    return files
 
 
 def relative_gap(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
@@ -252,7 +264,7 @@ def test_an_engine_without_training_settings_says_so(stage: int, engine_of, tmp_
     asked = (
         lambda: engine.forward_backward([batch()], objective, 1.0),
         engine.optimizer_step,
-        lambda: engine.save(tmp_path),
+        lambda: engine.begin_save(tmp_path),
         lambda: engine.load(tmp_path),
     )
     for call in asked:
@@ -305,7 +317,7 @@ def test_what_is_saved_goes_on_as_if_nothing_had_happened(stage: int, engine_of,
 
     engine = engine_of(stage, optim=optim)
     steps(engine, [0, 1])
-    engine.save(tmp_path / "checkpoint")
+    save(engine, tmp_path / "checkpoint")
     rates = steps(engine, [2, 3])
     other = engine_of(stage, LlamaForCausalLM(llama().config), optim)
     steps(other, [9])
@@ -313,6 +325,107 @@ def test_what_is_saved_goes_on_as_if_nothing_had_happened(stage: int, engine_of,
     assert steps(other, [2, 3]) == rates
     got, want = exported(other), exported(engine)
     assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_training_goes_on_while_a_save_is_written(stage: int, engine_of, tmp_path, monkeypatch) -> None:
+    """The writer is held back until two steps are taken; what it writes then is what was, and a second save waits for it."""
+    go = threading.Event()
+    monkeypatch.setattr(deepspeed, "write_pieces", lambda *arguments: (go.wait(20), write_pieces(*arguments))[1])
+    engine = engine_of(stage, optim=OptimSection(lr=1e-2))
+    engine.forward_backward([batch()], objective, DENOMINATOR)
+    engine.optimizer_step()
+    before = exported(engine)
+    engine.begin_save(tmp_path / "first")
+    for seed in (1, 2):
+        engine.forward_backward([batch(seed)], objective, DENOMINATOR)
+        engine.optimizer_step()
+        assert engine.saved(wait=False) is None
+    after = exported(engine)
+    threading.Timer(0.2, go.set).start()
+    engine.begin_save(tmp_path / "second")
+    assert go.is_set() and (tmp_path / "first" / "rank_00000.safetensors").is_file()
+    names = [file.name for file in engine.saved(wait=True) or ()]
+    assert sorted(names) == sorted(path.name for path in (tmp_path / "second").iterdir())
+    for folder, want in (("first", before), ("second", after)):
+        engine.load(tmp_path / folder)
+        got = exported(engine)
+        assert all(torch.equal(got[name], want[name]) for name in want)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_save_that_does_not_fit_is_an_error_and_leaves_nothing(engine_of, tmp_path) -> None:
+    engine = engine_of(0, optim=OptimSection())
+    (tmp_path / "rank_00000.safetensors").symlink_to("/dev/full")
+    engine.begin_save(tmp_path)
+    with pytest.raises(UserError, match="the disk is full") as caught:
+        engine.saved(wait=True)
+    assert caught.value.where == str(tmp_path / "rank_00000.safetensors") and not list(tmp_path.glob("rank*"))
+    assert len(save(engine, tmp_path / "elsewhere")) == 4
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_optimiser_state_in_host_memory_is_saved_and_checked_like_any_other(stage: int, engine_of, tmp_path) -> None:
+    """DeepSpeed's own offload, which keeps gradients elsewhere too."""
+    offload = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
+    engine, other = (engine_of(stage, optim=OptimSection(lr=1e-2), **offload) for _ in range(2))
+
+    def step(trained: DeepSpeedEngine, seed: int, factor: float = 1.0) -> StepInfo:
+        trained.forward_backward([batch(seed)], lambda outputs, rows: (objective(outputs, rows)[0] * factor, Tally()), DENOMINATOR)
+        return trained.optimizer_step()
+
+    step(engine, 0)
+    save(engine, tmp_path)
+    assert step(engine, 1, math.inf).skipped
+    want = step(engine, 2)
+    for seed in (7, 8):
+        step(other, seed)
+    other.forward_backward([batch(9)], objective, DENOMINATOR)
+    other.load(tmp_path)
+    assert step(other, 2).grad_norm == want.grad_norm
+    after = exported(engine)
+    other.load(tmp_path)
+    assert step(other, 1, math.nan).skipped and step(other, 2) == want
+    got = exported(other)
+    assert all(torch.equal(got[name], after[name]) for name in after)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_loss_scale_goes_on_where_it_was_saved(stage: int, engine_of, tmp_path) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU: DeepSpeed refuses fp16 on a CPU")
+    engine, other = (engine_of(stage, llama().half(), OptimSection(lr=1e-3), dtype="fp16") for _ in range(2))
+    for _ in range(4):  # the first scales are too large for fp16
+        engine.forward_backward([batch()], objective, DENOMINATOR)
+        engine.optimizer_step()
+    save(engine, tmp_path)
+    other.load(tmp_path)
+    infos = []
+    for each in (engine, other):
+        each.forward_backward([batch(1)], objective, DENOMINATOR)
+        infos.append((each.optimizer_step(), each._engine.optimizer.loss_scale))
+    assert infos[0] == infos[1]
+    got, want = exported(other), exported(engine)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_gradient_that_is_not_finite_is_not_stepped_on(stage: int, engine_of) -> None:
+    """A step after it is the one that would have been taken without it; clipping off, so nothing looks at the norm for another reason."""
+    optim = OptimSection(lr=1e-2, clip_norm=0, schedule="constant")
+    steady, struck = engine_of(stage, optim=optim), engine_of(stage, optim=optim)
+    for bad in (float("inf"), float("nan")):
+        struck.forward_backward([batch()], lambda outputs, rows, bad=bad: (objective(outputs, rows)[0] * bad, Tally()), DENOMINATOR)
+        step = struck.optimizer_step()
+        assert step.skipped and not math.isfinite(step.grad_norm)
+        infos = []
+        for engine in (steady, struck):
+            engine.forward_backward([batch(1)], objective, DENOMINATOR)
+            infos.append(engine.optimizer_step())
+        assert infos[0] == infos[1] and not infos[0].skipped
+        want, got = exported(steady), exported(struck)
+        assert all(torch.equal(got[name], want[name]) for name in want)
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
@@ -377,15 +490,15 @@ def test_a_checkpoint_of_adapters_holds_them_alone_and_goes_on(stage: int, bits:
 
     engine = engine_of(stage, add_adapter(held_in(bits), section, seed=1), optim)
     step(engine, 0)
-    engine.save(tmp_path / "checkpoint")
+    save(engine, tmp_path / "checkpoint")
     step(engine, 1)
     other = engine_of(stage, add_adapter(held_in(bits), section, seed=2), optim)
     other.load(tmp_path / "checkpoint")
     step(other, 1)
     got, want = exported(other), exported(engine)
     assert all(torch.equal(got[name], want[name]) for name in want)
-    saved = torch.load(next((tmp_path / "checkpoint").glob("engine/*model_states.pt")), weights_only=False)
-    assert saved["module"] and all(".lora_" in name for name in saved["module"])
+    saved = load_file(tmp_path / "checkpoint" / "rank_00000.safetensors")
+    assert saved and all(".lora_" in name for name in saved) and not (tmp_path / "checkpoint" / "buffers.safetensors").exists()
     with pytest.raises(UserError, match="trains other weights"):
         engine_of(stage, add_adapter(held_in(bits), LoraSection(r=2, target_modules=["q_proj"]), 1), optim).load(tmp_path / "checkpoint")
 

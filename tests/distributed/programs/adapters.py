@@ -2,7 +2,8 @@
 
 One rank alone trains at ZeRO 0: what the others are held against.
 
-usage: adapters.py MODEL OUT    prints {case: gradient norms}; writes OUT/<case>/ (checkpoint) and OUT/<case>.pt (exported weights)
+usage: adapters.py MODEL OUT    prints {case: gradient norms}; writes OUT/<case>/ (checkpoint), OUT/<case>.pt (exported weights) and, of
+some cases, OUT/deepspeed/<case>/ (DeepSpeed's own checkpoint)
 """
 
 import json
@@ -23,11 +24,13 @@ from rlhf_dist.models.loading import load_causal_lm, load_token_scorer
 from rlhf_dist.models.lora import add_adapter
 from rlhf_dist.models.policy import PolicyModule
 from rlhf_dist.models.reward_model import load_reward_model
+from rlhf_dist.models.saving import write_origin
 from rlhf_dist.models.value import ValueModule
 
 STAGES = {"full": range(4), "qlora": range(4), "lora": (0, 2), "value": (0, 3), "reward": (0, 3)}
 CASES = [(kind, "fp32", stage) for kind, stages in STAGES.items() for stage in stages]
 HALF = [("full", "bf16", 2), ("qlora", "bf16", 3)]
+DEEPSPEEDS = [*(f"full_fp32_zero{stage}" for stage in range(4)), "full_bf16_zero2", "lora_fp32_zero2", "qlora_fp32_zero0"]
 ROWS = 6
 
 
@@ -76,7 +79,13 @@ def main() -> None:
         for _ in range(3):
             engine.forward_backward([mine], objective, float(whole.response_mask_BT.sum()))
             norms[case].append(engine.optimizer_step().grad_norm)
-        engine.save(out / case)
+        engine.begin_save(out / case)
+        engine.saved(wait=True)
+        if case in DEEPSPEEDS:
+            folder = out / "deepspeed" / case
+            engine._engine.save_checkpoint(str(folder), tag="engine", save_latest=False, exclude_frozen_parameters=kind != "full")
+            if rank.rank == 0:
+                write_origin(engine.module.model, folder)
         exported = {name: weight for bucket in engine.export_weights() for name, weight in bucket.items()}
         if rank.rank == 0:
             torch.save(exported, out / f"{case}.pt")
