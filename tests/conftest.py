@@ -118,7 +118,8 @@ def train_judge(plain_rank: Any, tmp_path: Path) -> Callable[..., Path]:
         for _ in range(2):
             worker.update(UpdateRequest(((0, 1, 2, 3),), 4.0))
         worker.export(str(tmp_path / name / "export"))
-        worker._engine.save(tmp_path / name / "checkpoint")
+        worker._engine.begin_save(tmp_path / name / "checkpoint")
+        worker._engine.saved(wait=True)
         return tmp_path / name
 
     return trained

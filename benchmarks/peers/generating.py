@@ -22,6 +22,7 @@ from manifest import manifest
 from measuring import now
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from rlhf_dist.engines.memory import keep_freed_memory
 from rlhf_dist.rollout.native import Completion, NativeEngine, RolloutRow, SamplingKey
 from rlhf_dist.rollout.sampling import SamplingParams
 
@@ -81,6 +82,7 @@ def engine_round(engine: Any) -> Round:
 
 def native() -> tuple[Round, Settings]:
     """Our decode loop."""
+    keep_freed_memory()  # as in every rank of ours on a CPU
     policy, slots = model(), len(JOB["lengths"])
     return engine_round(NativeEngine(policy, slots=slots)), {"slots": slots, "attention": policy.config._attn_implementation}
 

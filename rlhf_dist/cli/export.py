@@ -1,4 +1,4 @@
-"""`rlhf-dist export`: an adapter merged into its base model, or the shards of a checkpoint put together, as a Hugging Face folder."""
+"""`rlhf-dist export`: an adapter merged into its base model, or the files of a checkpoint put together, as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from rlhf_dist.config.errors import UserError
 
 
 def export(
-    source: Annotated[str, typer.Argument(help="a PEFT adapter folder, or the folder of a DeepSpeed ZeRO checkpoint")],
+    source: Annotated[
+        str, typer.Argument(help="a PEFT adapter folder, an engine's folder in a checkpoint, or the folder of a DeepSpeed ZeRO checkpoint")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="folder to write; new or empty")],
     base: Annotated[str, typer.Option(help="base model, where the source names none or one that is no longer there")] = "",
 ) -> None:
@@ -47,9 +49,9 @@ def _whole(source: str, base: str | None) -> tuple[str, Any, dict[str, Any], Any
         return "checkpoint put together", whole.model, whole.weights, _tokenizer(whole)
     adapter = find_adapter(local(source), base)
     if adapter is None:
-        below = sorted(str(path.parent.relative_to(folder)) for path in folder.glob("*/engine")) if folder.is_dir() else []
+        below = sorted(path.name for path in folder.iterdir() if _is_checkpoint(path)) if folder.is_dir() else []
         fix = f"name one of its subfolders: {', '.join(below)}" if below else "give the folder itself, not one above or below it"
-        raise UserError("there is neither a PEFT adapter nor a DeepSpeed checkpoint", where=source, fix=fix)
+        raise UserError("there is neither a PEFT adapter nor an engine's or DeepSpeed's checkpoint", where=source, fix=fix)
     model = load_merged(adapter)
     tokenizer = load_tokenizer_folder(source) if adapter.has_tokenizer else load_tokenizer(adapter.base)
     return "adapter merged", model, {name: compute() for name, _, compute in named_weights(model)}, tokenizer
@@ -65,4 +67,6 @@ def _tokenizer(whole: Any) -> Any:
 
 def _is_checkpoint(folder: Path) -> bool:
     """Looks before the engines are imported: deepspeed takes seconds."""
-    return (folder / "engine").is_dir() or (folder / "latest").is_file()
+    from rlhf_dist.engines.state_files import INDEX
+
+    return (folder / INDEX).is_file() or (folder / "engine").is_dir() or (folder / "latest").is_file()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import secrets
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,17 @@ def launch(config: Any) -> tuple[Path, bool]:
         from rlhf_dist.cli.spmd_launch import run_under_launcher
 
         return run_under_launcher(program)
+    with_a_token()
     from rlhf_dist.cli.ray_launch import run_under_ray
 
     return run_under_ray(program), True
+
+
+def with_a_token() -> None:
+    """Ray's servers listen on all addresses of the machine, and run what they are sent: those that are started here ask for a token, which
+    this process makes up and its children inherit. Ray takes notice only before it is imported.
+
+    Where the run joins a cluster (RAY_ADDRESS), or the user has chosen how Ray authenticates (RAY_AUTH_MODE), that holds.
+    """
+    if "ray" not in sys.modules and not os.environ.get("RAY_ADDRESS") and "RAY_AUTH_MODE" not in os.environ:
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}

@@ -18,15 +18,14 @@ from rlhf_dist.cli import data as data_command
 from rlhf_dist.cli import dpo as dpo_command
 from rlhf_dist.cli import export as export_command
 from rlhf_dist.cli import ppo as ppo_command
+from rlhf_dist.cli import replay as replay_command
 from rlhf_dist.cli import report as report_command
 from rlhf_dist.cli import reward as reward_command
 from rlhf_dist.cli import score as score_command
 from rlhf_dist.cli import sft as sft_command
 from rlhf_dist.cli import toy as toy_command
-from rlhf_dist.cli.interrupts import Interrupted
+from rlhf_dist.cli.interrupts import CTRL_C, Interrupted
 from rlhf_dist.config.errors import UserError
-
-CTRL_C = 130
 
 app = typer.Typer(
     name="rlhf-dist",
@@ -44,6 +43,7 @@ app.command("score")(score_command.score)
 app.command("compare")(compare_command.compare)
 app.command("report")(report_command.report)
 app.command("export")(export_command.export)
+app.command("replay")(replay_command.replay)
 app.command("toy")(toy_command.toy)
 
 
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     The deepspeed launcher puts `--local_rank=N` first; the ranks know theirs from the environment.
 
     Raises:
-        SystemExit: status 2 after an error the user can mend or a wrong command line, 130 after Ctrl-C.
+        SystemExit: status 2 after an error the user can mend or a wrong command line, 130 after Ctrl-C, 143 after SIGTERM.
     """
     given = [a for a in (sys.argv[1:] if arguments is None else arguments) if not re.fullmatch(r"--local[-_]rank=\d+", a)]
     try:
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(2) from None
     except Interrupted as interrupted:
         _say_once(str(interrupted))
-        raise SystemExit(CTRL_C) from None
+        raise SystemExit(interrupted.status) from None
     except SystemExit as ended:
         if ended.code == CTRL_C:
             _say_once("interrupted")

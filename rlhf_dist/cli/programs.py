@@ -17,6 +17,7 @@ from rlhf_dist.config.sft import SFTConfig
 from rlhf_dist.coordinator.ppo import PPOCoordinator
 from rlhf_dist.coordinator.shards import Groups
 from rlhf_dist.engines.process import Rank
+from rlhf_dist.runs.checkpoints import Checkpoint
 from rlhf_dist.runs.progress import Reporter
 from rlhf_dist.runs.recorder import Recorder
 from rlhf_dist.training.dpo import DPO
@@ -29,6 +30,11 @@ from rlhf_dist.workers.placement import Demand, demands
 from rlhf_dist.workers.reward_model import build_reward_model
 from rlhf_dist.workers.roles import ROLES, build_worker
 from rlhf_dist.workers.sft import build_sft
+
+
+def never() -> bool:
+    """Nobody asks the run to stop."""
+    return False
 
 
 class Program(Protocol):
@@ -52,8 +58,16 @@ class Program(Protocol):
         """Makes a role's worker on a rank."""
         ...
 
-    def run(self, groups: Mapping[str, Any], recorder: Recorder, reporter: Reporter) -> dict[str, Any]:
-        """The stage over its groups; returns the summary."""
+    def run(
+        self,
+        groups: Mapping[str, Any],
+        recorder: Recorder,
+        reporter: Reporter,
+        resume: Checkpoint | None = None,
+        stopping: Callable[[], bool] = never,
+    ) -> dict[str, Any]:
+        """The stage over its groups, from a checkpoint if there is one; returns the summary, or `{"stopped": step}` where it was asked to
+        end early."""
         ...
 
 
@@ -81,9 +95,16 @@ class PPOProgram:
         """The role's worker."""
         return functools.partial(build_worker, role, self.config)
 
-    def run(self, groups: Mapping[str, Any], recorder: Recorder, reporter: Reporter) -> dict[str, Any]:
+    def run(
+        self,
+        groups: Mapping[str, Any],
+        recorder: Recorder,
+        reporter: Reporter,
+        resume: Checkpoint | None = None,
+        stopping: Callable[[], bool] = never,
+    ) -> dict[str, Any]:
         """The PPO loop."""
-        return PPOCoordinator(self.config, Groups(**groups), recorder, reporter).run()
+        return PPOCoordinator(self.config, Groups(**groups), recorder, reporter, resume, stopping).run()
 
 
 class SupervisedProgram:
@@ -111,9 +132,16 @@ class SupervisedProgram:
         """The one worker."""
         return functools.partial(type(self).builds, self.config)
 
-    def run(self, groups: Mapping[str, Any], recorder: Recorder, reporter: Reporter) -> dict[str, Any]:
+    def run(
+        self,
+        groups: Mapping[str, Any],
+        recorder: Recorder,
+        reporter: Reporter,
+        resume: Checkpoint | None = None,
+        stopping: Callable[[], bool] = never,
+    ) -> dict[str, Any]:
         """The supervised loop, with the phases of the stage."""
-        return SupervisedLoop(self.stage, self.config, groups["model"], recorder, reporter).run()
+        return SupervisedLoop(self.stage, self.config, groups["model"], recorder, reporter, resume, stopping).run()
 
 
 class SFTProgram(SupervisedProgram):

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rlhf_dist.cli.interrupts import naming
+from rlhf_dist.cli.clusters import cluster, cluster_nodes
+from rlhf_dist.cli.interrupts import CTRL_C, Interrupted, Signals, listening
 from rlhf_dist.cli.programs import Program
+from rlhf_dist.cli.resuming import resumable
+from rlhf_dist.config.errors import UserError
+from rlhf_dist.contracts.group import Lost
 from rlhf_dist.runs.folder import RunFolder
-from rlhf_dist.runs.progress import BufferedReporter, ConsoleReporter, Event, replay
+from rlhf_dist.runs.progress import BufferedReporter, ConsoleReporter, Event, Furthest, Reporter, replay
 from rlhf_dist.runs.recorder import Recorder
-from rlhf_dist.workers.placement import Demand, Node, check_placement
-from rlhf_dist.workers.ray_group import RayGroup, get
+from rlhf_dist.runs.supervision import Budget
+from rlhf_dist.workers.placement import check_placement
+from rlhf_dist.workers.ray_group import RayGroup, release
 
 POLL_S = 0.3
 
@@ -26,39 +33,69 @@ POLL_S = 0.3
 def run_under_ray(program: Program) -> Path:
     """Runs on the cluster of RAY_ADDRESS, or on one that is started here and ended after the run; returns the run folder.
 
+    A coordinator that dies takes its workers along; a new one goes on from the last checkpoint, as often as `placement.restarts` says.
+
     Raises:
         UserError: anything the user can mend.
+        Interrupted: the run was told to end.
     """
     program.check()
-    run = program.config.run
+    run, placement = program.config.run, program.config.placement
     with cluster(program.demands()):
         check_placement(program.demands(), cluster_nodes())
-        root = RunFolder.create(run.output_dir, run.name, run.overwrite).root
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        remote: Any = ray.remote(CoordinatorActor)
-        actor = remote.options(num_cpus=0, max_concurrency=2, scheduling_strategy=here).remote(program, str(root), os.getcwd())
-        reporter = ConsoleReporter()
-        try:
-            with naming(root):
-                _follow(actor, actor.run.remote(), reporter)
-        finally:
-            reporter.close()
-            ray.kill(actor)
+        root = RunFolder.create(run.output_dir, run.name, run.overwrite, run.resume == "auto").root
+        reporter, budget = Furthest(ConsoleReporter()), Budget(placement.restarts)
+        resume = run.resume == "auto"
+        with closing(reporter), listening(root) as signals:
+            while True:
+                try:
+                    result = _attempt(program, root, resume, reporter, signals)
+                    break
+                except CoordinatorLost as lost:
+                    budget.charge(reporter.furthest, lost)
+                    reporter.message(f"the coordinator died; it is started again: {lost.what}")
+                    resume = True
+        if "stopped" in result:
+            raise Interrupted(root, result["stopped"], signals.status or CTRL_C)
     return root
 
 
+class CoordinatorLost(Lost):
+    """The coordinator's process is gone, and its workers with it."""
+
+
+def _attempt(program: Program, root: Path, resume: bool, reporter: Reporter, signals: Signals) -> dict[str, Any]:
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    remote: Any = ray.remote(CoordinatorActor)
+    label = uuid.uuid4().hex
+    actor = remote.options(num_cpus=0, max_concurrency=3, scheduling_strategy=here).remote(program, str(root), os.getcwd(), label)
+    try:
+        return _follow(actor, actor.run.remote(resume), reporter, signals)
+    finally:
+        ray.kill(actor)
+        release(label, program.demands())
+
+
 class CoordinatorActor:
-    """The coordinator's process. `events` answers while `run` runs (two threads)."""
+    """The coordinator's process. `events` and `stop` answer while `run` runs (three threads)."""
 
-    def __init__(self, program: Program, root: str, folder: str) -> None:
+    def __init__(self, program: Program, root: str, folder: str, label: str) -> None:
         os.chdir(folder)
-        self._program, self._root = program, root
+        self._program, self._root, self._label = program, root, label
         self._reporter = BufferedReporter()
+        self._asked_to_stop = threading.Event()
 
-    def run(self) -> dict[str, Any]:
+    def run(self, resume: bool) -> dict[str, Any]:
         """The whole run; returns the summary. The groups end with it, whatever happens."""
-        with closing(Recorder(RunFolder.open(self._root))) as recorder, ray_groups(self._program) as groups:
-            return self._program.run(groups, recorder, self._reporter)
+        with closing(Recorder(RunFolder.open(self._root))) as recorder:
+            recorder.clear_partial()
+            checkpoint = resumable(self._program.config, recorder, self._reporter) if resume else None
+            with ray_groups(self._program, self._label) as groups:
+                return self._program.run(groups, recorder, self._reporter, checkpoint, self._asked_to_stop.is_set)
+
+    def stop(self) -> None:
+        """Asks the run to end where its state can be saved."""
+        self._asked_to_stop.set()
 
     def events(self, since: int) -> list[Event]:
         """Progress since an event number."""
@@ -66,12 +103,12 @@ class CoordinatorActor:
 
 
 @contextmanager
-def ray_groups(program: Program) -> Iterator[dict[str, RayGroup]]:
+def ray_groups(program: Program, label: str = "") -> Iterator[dict[str, RayGroup]]:
     """The run's groups by role, placed and loaded side by side (or one after the other), and ended at the end."""
     groups: dict[str, RayGroup] = {}
     try:
         for demand in program.demands():
-            groups[demand.role] = RayGroup(demand, program.factory(demand.role), program.config.placement)
+            groups[demand.role] = RayGroup(demand, program.factory(demand.role), program.config.placement, label)
         for together in [[group] for group in groups.values()] if program.loads_in_turn else [list(groups.values())]:
             for group in together:
                 group.begin_start()
@@ -83,44 +120,39 @@ def ray_groups(program: Program) -> Iterator[dict[str, RayGroup]]:
             group.close()
 
 
-@contextmanager
-def cluster(wanted: Sequence[Demand]) -> Iterator[None]:
-    """Connects to RAY_ADDRESS, or starts a local cluster with as many CPUs as the run asks for: ranks share cores on a small machine."""
-    if ray.is_initialized():
-        yield
-        return
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**options)
-    else:
-        asked = sum(demand.cpus * demand.ranks for demand in wanted)
-        ray.init(address="local", num_cpus=max(math.ceil(asked), os.cpu_count() or 1), include_dashboard=False, **options)
-    try:
-        yield
-    finally:
-        ray.shutdown()
+def _follow(actor: Any, run: Any, reporter: Reporter, signals: Signals) -> dict[str, Any]:
+    """Shows progress until the run is over.
 
-
-def cluster_nodes() -> list[Node]:
-    """The machines of the cluster."""
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return [Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in alive]
-
-
-def _follow(actor: Any, run: Any, reporter: ConsoleReporter) -> None:
-    seen = 0
+    Raises:
+        CoordinatorLost: its process died.
+        UserError: what the run raised.
+    """
+    seen, told = 0, False
     done: list[Any] = []
     while not done:
         done, _ = ray.wait([run], timeout=POLL_S)
+        if signals.asked() and not told:
+            reporter.message("stopping: the state is saved first (Ctrl-C again ends at once)")
+            actor.stop.remote()
+            told = True
         if not done:
-            seen += _replay(actor, seen, reporter)
+            with suppress(RayError):  # the run itself says what is wrong
+                seen += _replay(actor, seen, reporter)
     try:
-        get(run, POLL_S, "coordinator")
-    finally:
+        result: dict[str, Any] = ray.get(run)
+    except RayActorError as error:
+        fix = "look for the cause in the Ray logs and go on with run.resume=auto"
+        raise CoordinatorLost(str(error).splitlines()[0], where="coordinator", fix=fix) from None
+    except RayTaskError as error:
         _replay(actor, seen, reporter)
+        if isinstance(error.cause, UserError):
+            raise error.cause from None
+        raise
+    _replay(actor, seen, reporter)
+    return result
 
 
-def _replay(actor: Any, seen: int, reporter: ConsoleReporter) -> int:
-    events = get(actor.events.remote(seen), 60.0, "coordinator, events")
+def _replay(actor: Any, seen: int, reporter: Reporter) -> int:
+    events = ray.get(actor.events.remote(seen), timeout=60.0)
     replay(events, reporter)
     return len(events)

@@ -10,14 +10,16 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
-from rlhf_dist.cli.interrupts import naming
+from rlhf_dist.cli.interrupts import CTRL_C, Interrupted, listening
 from rlhf_dist.cli.programs import Program, program_of
+from rlhf_dist.cli.resuming import resumable
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.engines.process import Rank, free_port, launched_world_size, start_process_group, stop_process_group
+from rlhf_dist.runs.checkpoints import Checkpoint
 from rlhf_dist.runs.folder import RunFolder
-from rlhf_dist.runs.progress import ConsoleReporter, NullReporter
+from rlhf_dist.runs.progress import ConsoleReporter, NullReporter, Reporter
 from rlhf_dist.runs.recorder import Recorder
-from rlhf_dist.workers.spmd_group import SpmdGroup, agree
+from rlhf_dist.workers.spmd_group import SpmdGroup, agree, any_rank
 
 
 def run_under_launcher(program: Program) -> tuple[Path, bool]:
@@ -34,11 +36,16 @@ def run_under_launcher(program: Program) -> tuple[Path, bool]:
     try:
         program = spanning_all_ranks(program, rank.world_size)
         root = agree(rank, lambda: _prepare(program))
-        recorder = Recorder(RunFolder.open(root) if rank.rank == 0 else None)
-        reporter = ConsoleReporter() if rank.rank == 0 else NullReporter()
-        with naming(root), closing(recorder), closing(reporter), spmd_groups(program, rank) as groups:
-            program.run(groups, recorder, reporter)
-        return root, rank.rank == 0
+        first = rank.rank == 0
+        recorder = Recorder(RunFolder(root), writes=first)
+        reporter = ConsoleReporter() if first else NullReporter()
+        with listening(root) as signals, closing(recorder), closing(reporter):
+            checkpoint = agree(rank, lambda: _resumed(program, recorder, reporter))
+            with spmd_groups(program, rank) as groups:
+                result = program.run(groups, recorder, reporter, checkpoint, lambda: any_rank(rank, signals.asked()))
+        if "stopped" in result:
+            raise Interrupted(root, result["stopped"], signals.status or CTRL_C)
+        return root, first
     finally:
         stop_process_group()
         torch.set_num_threads(threads)
@@ -87,4 +94,9 @@ def _join() -> Rank:
 def _prepare(program: Program) -> Path:
     program.check()
     run = program.config.run
-    return RunFolder.create(run.output_dir, run.name, run.overwrite).root
+    return RunFolder.create(run.output_dir, run.name, run.overwrite, run.resume == "auto").root
+
+
+def _resumed(program: Program, recorder: Recorder, reporter: Reporter) -> Checkpoint | None:
+    recorder.clear_partial()
+    return resumable(program.config, recorder, reporter) if program.config.run.resume == "auto" else None

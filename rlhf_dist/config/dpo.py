@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from rlhf_dist.config.engines import PolicySection
-from rlhf_dist.config.operation import PlacementSection
+from rlhf_dist.config.operation import CheckpointSection, PlacementSection
 from rlhf_dist.config.run import StageSection
 from rlhf_dist.config.section import Section
 from rlhf_dist.config.supervised import RowsSection, TrainingSection
@@ -62,3 +62,4 @@ class DPOConfig(Section):
     dpo: DPOSection = Field(default_factory=DPOSection)
     training: TrainingSection = Field(default_factory=TrainingSection)
     placement: PlacementSection = Field(default_factory=PlacementSection)
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)

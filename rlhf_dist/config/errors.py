@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
     """A fault the user can mend. The command line prints it as one block and exits with status 2.
@@ -26,6 +31,29 @@ class UserError(Exception):
         if self.fix:
             parts.append(f"  do:    {self.fix}")
         return "\n".join(parts)
+
+
+@contextmanager
+def writing(where: object) -> Iterator[None]:
+    """Says in plain words why something could not be written: the disk is full, or may not be written to.
+
+    Args:
+        where: the file or folder.
+
+    Raises:
+        UserError: an OSError of the block, or one that a library passed on in words; a missing file stays what it is.
+    """
+    try:
+        yield
+    except (UserError, FileNotFoundError):
+        raise
+    except Exception as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
+        if not full and not isinstance(error, OSError):
+            raise
+        what = "the disk is full" if full else f"it cannot be written ({getattr(error, 'strerror', None) or error})"
+        fix = "free space, then go on with run.resume=auto" if full else "mend the file system or its permissions"
+        raise UserError(what, where=str(where), fix=fix) from error
 
 
 def _rebuild(kind: type[UserError], what: str, where: str, fix: str) -> UserError:

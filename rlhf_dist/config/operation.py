@@ -19,6 +19,11 @@ class PlacementSection(Section):
     start_timeout_s: float = Field(300.0, gt=0, description="longest wait for actors to be placed and to load their models")
     call_timeout_s: float = Field(3600.0, gt=0, description="longest wait for one phase")
     threads_per_rank: int = Field(1, ge=1, description="CPU threads of each rank (OMP_NUM_THREADS)")
+    restarts: int = Field(
+        3, ge=0, description="recoveries from dead or stuck processes since the run last got further than before (Ray); then it stops"
+    )
+    heartbeat_s: float = Field(10.0, gt=0, description="seconds between two looks at whether a process is there (Ray)")
+    heartbeat_timeout_s: float = Field(120.0, gt=0, description="a process that gives no sign of life for so long is ended (Ray)")
 
 
 class PPOPlacementSection(PlacementSection):
@@ -41,7 +46,8 @@ class EvaluationSection(Section):
 
 
 class CheckpointSection(Section):
-    """Weights-only Hugging Face folders."""
+    """All that a run needs to go on exactly (`run.resume=auto`). `rlhf-dist export` makes Hugging Face folders of it."""
 
-    every: int = Field(0, ge=0, description="steps between checkpoints; 0: only the final export")
-    keep: int = Field(2, ge=1, description="checkpoints kept besides the final export")
+    every: int = Field(10, ge=0, description="steps between checkpoints; 0: only when the run is asked to stop")
+    keep: int = Field(2, ge=1, description="checkpoints kept")
+    asynchronous: bool = Field(True, description="train on while files are written, from a copy in host memory; false: wait for them")

@@ -12,6 +12,7 @@ from rlhf_dist.config.rewards import RewardSection
 from rlhf_dist.config.rollout import RolloutSection
 from rlhf_dist.config.run import RunSection
 from rlhf_dist.config.section import Section
+from rlhf_dist.config.sentinels import SentinelsSection
 
 
 class PPOConfig(Section):
@@ -28,6 +29,7 @@ class PPOConfig(Section):
     placement: PPOPlacementSection = Field(default_factory=PPOPlacementSection)
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    sentinels: SentinelsSection = Field(default_factory=SentinelsSection)
 
     @model_validator(mode="after")
     def _sections_agree(self) -> PPOConfig:

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from rlhf_dist.config.engines import TrainedSection
-from rlhf_dist.config.operation import PlacementSection
+from rlhf_dist.config.operation import CheckpointSection, PlacementSection
 from rlhf_dist.config.run import StageSection
 from rlhf_dist.config.section import Section
 from rlhf_dist.config.supervised import RowsSection, TrainingSection
@@ -49,3 +49,4 @@ class RewardModelConfig(Section):
     reward_model: RewardModelSection = Field(default_factory=RewardModelSection)
     training: TrainingSection = Field(default_factory=TrainingSection)
     placement: PlacementSection = Field(default_factory=PlacementSection)
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)

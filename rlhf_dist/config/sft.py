@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from rlhf_dist.config.engines import PolicySection
-from rlhf_dist.config.operation import PlacementSection
+from rlhf_dist.config.operation import CheckpointSection, PlacementSection
 from rlhf_dist.config.run import StageSection
 from rlhf_dist.config.section import Section
 from rlhf_dist.config.supervised import RowsSection, TrainingSection
@@ -34,3 +34,4 @@ class SFTConfig(Section):
     sft: SftSection = Field(default_factory=SftSection)
     training: TrainingSection = Field(default_factory=TrainingSection)
     placement: PlacementSection = Field(default_factory=PlacementSection)
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+
+from rlhf_dist.config.errors import UserError
 
 P = TypeVar("P")
 I = TypeVar("I")  # noqa: E741
@@ -16,6 +18,38 @@ class Stored(Generic[P, I]):
 
     payload: P
     info: I
+
+
+class Lost(UserError):
+    """Processes of a group are dead or stuck, or what they kept is gone. Who waited may rebuild the group and ask again.
+
+    late: nobody died, but there was no answer within the deadline.
+    """
+
+    late: bool = False
+
+
+class Late(Lost):
+    """No answer within the deadline."""
+
+    late = True
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """What one rank of a group is at, as it says itself.
+
+    answered: False where its process gave no sign of life. method: the call it is in, empty between calls; calls: those begun so far;
+    seconds: in this call. stack: of every Python thread.
+    """
+
+    rank: int
+    answered: bool
+    where: str = ""
+    method: str = ""
+    calls: int = 0
+    seconds: float = 0.0
+    stack: str = ""
 
 
 class Handle(Protocol):
@@ -52,4 +86,29 @@ class WorkerGroup(Protocol):
 
     def close(self) -> None:
         """Ends the workers and frees what they held. Safe to call twice."""
+        ...
+
+
+@runtime_checkable
+class SupervisedGroup(WorkerGroup, Protocol):
+    """A group whose processes can be replaced while the run goes on. `submit` and `collect` raise `Lost` where that may help."""
+
+    def alive(self) -> bool:
+        """Whether every rank gives a sign of life."""
+        ...
+
+    def intact(self, handles: Sequence[Handle]) -> bool:
+        """Whether what stands behind the handles is there, or still on its way from a living process; never waits for it."""
+        ...
+
+    def begin_rebuild(self) -> None:
+        """Ends all ranks (one alone cannot rejoin a collective), and has new ones load their models."""
+        ...
+
+    def finish_start(self) -> None:
+        """Waits until every rank has loaded its models."""
+        ...
+
+    def census(self) -> list[RankReport]:
+        """What every rank is at."""
         ...

@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from rlhf_dist.contracts.engine import StepInfo
+from rlhf_dist.contracts.engine import SavedFile, StepInfo
 from rlhf_dist.contracts.experience import ExperienceBatch, Piece
 from rlhf_dist.contracts.flops import FlopModel
 from rlhf_dist.contracts.group import Stored
@@ -21,6 +21,7 @@ Stream = Literal["train", "eval"]
 Needs = Literal["nothing", "sampler", "weights", "sync", "training"]
 """What a phase needs of a worker's models on the device. sampler: the weights it samples with; weights: those of its engine; sync: both;
 training: the engine's weights, gradients and optimiser state."""
+Fault = Literal["", "loss", "gradient"]
 
 
 @dataclass(frozen=True)
@@ -122,20 +123,30 @@ class UpdateRequest:
     """One rank's part of one optimizer step.
 
     microbatches: row numbers in the whole step's experience; every rank gets the same number, empty ones included.
-    denominator: global, as the loss reduction asks.
+    denominator: global, as the loss reduction asks. capsule: where the step is written down if it is skipped; empty: nowhere.
+    capsules: how many may still be written when the step's experience was loaded.
     """
 
     microbatches: tuple[tuple[int, ...], ...]
     denominator: float
+    capsule: str = ""
+    capsules: int = 0
 
 
 @dataclass(frozen=True)
 class UpdateInfo:
-    """Metrics of one optimizer step: this rank's sums, the engine's global step report."""
+    """Metrics of one optimizer step: this rank's sums, the engine's global step report.
+
+    fault: what was not finite, so that the step was skipped, the same on all ranks; an overflow of fp16's loss scale is none.
+    capsule: where that was written down, or why it could not be. unsound: a weight of this rank that is not finite.
+    """
 
     tally: Tally
     step: StepInfo
     seconds: float
+    fault: Fault = ""
+    capsule: str = ""
+    unsound: str = ""
 
 
 @dataclass(frozen=True)
@@ -180,7 +191,23 @@ class ScoringRole(Protocol):
         ...
 
 
-class TrainedRole(Protocol):
+class SavedRole(Protocol):
+    """Those that learn: what they hold must not be lost."""
+
+    def begin_save(self, folder: str) -> None:
+        """Copies what this rank must not lose, and begins to write it; what comes next changes nothing in the copy."""
+        ...
+
+    def saved(self, wait: bool) -> tuple[SavedFile, ...] | None:
+        """What was written since `begin_save`; None: not all of it yet."""
+        ...
+
+    def load_state(self, folder: str) -> None:
+        """Collective. Takes up what `begin_save` of any number of ranks wrote."""
+        ...
+
+
+class TrainedRole(SavedRole, Protocol):
     """Policy and value train on the step's experience."""
 
     def costs(self) -> FlopModel:
@@ -270,6 +297,14 @@ class PolicyRole(SamplingRole, ScoringRole, TrainedRole, Protocol):
         """Collective. The next bucket of an export, which rank 0 keeps for others to fetch; the call after the last says that it was."""
         ...
 
+    def save_rollouts(self, folder: str, shards: Sequence[ExperienceBatch], infos: Sequence[RolloutInfo]) -> tuple[SavedFile, ...]:
+        """Not collective; rank 0 writes shards whose policy will be gone, the others nothing."""
+        ...
+
+    def load_rollouts(self, folder: str, number: int) -> Stored[ExperienceBatch, RolloutInfo]:
+        """Not collective. One of the shards of `save_rollouts`."""
+        ...
+
     def write_rollouts(
         self, path: str, shards: Sequence[ExperienceBatch], pieces: Sequence[Sequence[Piece]], details: Sequence[dict[str, Any]]
     ) -> WrittenInfo:
@@ -283,6 +318,13 @@ class PolicyRole(SamplingRole, ScoringRole, TrainedRole, Protocol):
 class RewardRole(Protocol):
     """Judges completions."""
 
-    def judge(self, shard: ExperienceBatch) -> ScoreInfo:
-        """Collective where a reward is a model. Raw rewards of this rank's rows."""
+    def quarantine_to(self, path: str) -> None:
+        """Not collective. From now on this rank appends the samples on which a reward fails to a file, a JSON line each, itself."""
+        ...
+
+    def judge(self, shard: ExperienceBatch, stream: Stream = "train", step: int | None = None) -> ScoreInfo:
+        """Collective where a reward is a model. Raw rewards of this rank's rows.
+
+        stream, step: what the shard was sampled for: a failed sample is written down with them.
+        """
         ...

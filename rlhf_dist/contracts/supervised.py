@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from rlhf_dist.contracts.flops import FlopModel
-from rlhf_dist.contracts.roles import UpdateInfo, UpdateRequest
+from rlhf_dist.contracts.roles import SavedRole, UpdateInfo, UpdateRequest
 from rlhf_dist.contracts.tally import Tally
 
 Side = Literal["train", "eval"]
@@ -37,7 +37,7 @@ class RowFacts:
         return {reason: count for reason, count in rest.items() if count}
 
 
-class SupervisedRole(Protocol):
+class SupervisedRole(SavedRole, Protocol):
     """One model that learns from rows it has read itself; rows are named by number, the same on every rank."""
 
     def describe(self) -> RowFacts:

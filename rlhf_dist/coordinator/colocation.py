@@ -54,6 +54,10 @@ class Turns:
         self._needs = turn
         self._most = max(self._most, self._away(turn))
 
+    def forget(self) -> None:
+        """Groups were started anew: what they hold is not known."""
+        self._needs = dict.fromkeys(self._needs, "training")
+
     def metrics(self) -> dict[str, float]:
         """Since the last look, `offload/bytes`: the most that was off the devices at one time, over all ranks; `offload/seconds`: spent on
         leaving and coming back, the ranks of a group side by side. Empty where nobody takes turns."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from rlhf_dist.config.rewards import RewardSection
 from rlhf_dist.contracts.roles import PolicyRole
@@ -34,6 +36,16 @@ class Yardstick:
         self._fixed = True
         return judged
 
+    def state_dict(self) -> dict[str, Any]:
+        """The moments of the first evaluation, JSON-able; empty before it."""
+        return dict(self._mixer.state_dict()) if self._fixed else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` gave."""
+        if state:
+            self._mixer.load_state_dict(state)
+            self._fixed = True
+
 
 def evaluate(groups: Groups, yardstick: Yardstick, batch: Batch, version: int, path: str) -> HeldOutSamples:
     """Samples the held-out prompts, scores them, writes them to `path`.
@@ -58,7 +70,7 @@ def evaluate(groups: Groups, yardstick: Yardstick, batch: Batch, version: int, p
     return HeldOutSamples(
         prompt_ids=[n for info in infos for n in info.prompt_ids],
         scores=[s if kept else None for s, kept in zip(judged.scores, judged.keep, strict=True)],
-        rewards=judged.raw,
+        rewards=judged.genuine,
         lengths=[n for info in infos for n in info.response_lengths],
         stop_reasons=[n for info in infos for n in info.stop_reasons],
         kl=written.kl,
@@ -77,9 +89,27 @@ class HeldOutRecord:
         self._first, self._latest = self._first or samples, samples
         return summarise(samples)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Both, JSON-able; empty without an evaluation."""
+        if self._first is None or self._latest is None:
+            return {}
+        return {"first": _plain(self._first), "latest": _plain(self._latest)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` gave."""
+        if state:
+            self._first, self._latest = HeldOutSamples(**state["first"]), HeldOutSamples(**state["latest"])
+
     def summary(self, best_score: float | None, best_step: int | None) -> HeldOut | None:
         """Before, after and their paired difference; None without an evaluation."""
         if self._first is None or self._latest is None:
             return None
         difference = {name: interval.to_dict() for name, interval in paired_differences(self._first, self._latest).items()}
         return HeldOut(summarise(self._first).to_dict(), summarise(self._latest).to_dict(), difference, best_score, best_step)
+
+
+def _plain(samples: HeldOutSamples) -> dict[str, Any]:
+    """With lists for tuples, as JSON gives them back."""
+    values = {field.name: getattr(samples, field.name) for field in dataclasses.fields(samples)}
+    rewards = {name: list(column) for name, column in samples.rewards.items()}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()} | {"rewards": rewards}

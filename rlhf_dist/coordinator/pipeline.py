@@ -22,7 +22,7 @@ from rlhf_dist.coordinator.shards import Shard
 
 @dataclass
 class Pipeline:
-    """The rollouts that were asked for and not yet trained on.
+    """The rollouts that were asked for and not yet trained on. Asking again for the same step asks for nothing.
 
     steps: of the whole run. max_staleness: k. asked: steps whose rollouts were asked for so far.
     pending: their shards by step, of k + 1 steps at most.
@@ -49,9 +49,22 @@ class Pipeline:
         self.asked = max(self.asked, due.stop)
         return [shard for ahead in due for shard in self.pending[ahead]]
 
-    def take(self, step: int) -> list[Shard]:
-        """The shards of a step, which are pending no longer."""
-        return self.pending.pop(step)
+    def shards(self) -> list[Shard]:
+        """All that are pending, in the order in which they are sampled."""
+        return [shard for step in sorted(self.pending) for shard in self.pending[step]]
+
+    def done(self, step: int) -> None:
+        """The shards of a step were trained on, and are pending no longer."""
+        del self.pending[step]
+
+    def kept(self, step: int) -> dict[int, list[Shard]]:
+        """What a checkpoint before `step` must hold: shards of policies that are gone by then. Others can be sampled again (law 9)."""
+        return {ahead: shards for ahead, shards in sorted(self.pending.items()) if self.version(ahead) < step}
+
+    def restore(self, step: int, kept: dict[int, list[Shard]]) -> None:
+        """Goes on before `step` with what `kept` gave."""
+        self.pending = dict(kept)
+        self.asked = max([step, *(ahead + 1 for ahead in kept)])
 
     def staleness(self, step: int, shards: Sequence[Shard]) -> Tally:
         """How many versions behind the policy each sample of a step is, as a mean and a maximum over samples.

@@ -70,7 +70,7 @@ def preflight(config: PPOConfig, groups: Groups, version: int) -> dict[str, floa
     for shard in shards:
         raw_rewards(shard)
     seen = merged(info.tally for info in _ratio_checks(groups.policy, shards)).means()
-    check_gaps(seen, config.policy.dtype, same_reference=reference_is_policy(config))
+    check_gaps(seen, config.policy.dtype, same_reference=version == 0 and reference_is_policy(config))
     return {f"preflight/{name}": value for name, value in seen.items()}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -19,6 +19,9 @@ from rlhf_dist.contracts.roles import (
     Stream,
 )
 from rlhf_dist.coordinator.colocation import Turns
+
+JUDGED, REFERENCE = "reward", "reference"
+"""Whom a shard was asked of."""
 
 
 @dataclass(frozen=True)
@@ -67,14 +70,33 @@ class Batch:
 
 @dataclass
 class Shard:
-    """One rank's rollouts. pieces and judged fill while other ranks score it."""
+    """One rank's rollouts. asked: what each group was asked about it, by name; a group is asked once, and again only if that was lost.
+
+    stream, step: what it was sampled for.
+    """
 
     rollouts: Handle
-    pieces: list[Handle] = field(default_factory=list)
-    judged: list[Handle] = field(default_factory=list)
+    stream: Stream = "train"
+    step: int | None = None
+    asked: dict[str, list[Handle]] = field(default_factory=dict)
     info: RolloutInfo | None = None
     scores: list[ScoreInfo] = field(default_factory=list)
     scored: list[PieceInfo] = field(default_factory=list)
+
+    @property
+    def pieces(self) -> list[Handle]:
+        """What the engines computed of it."""
+        return [handle for name, handles in self.asked.items() if name != JUDGED for handle in handles]
+
+    @property
+    def judged(self) -> list[Handle]:
+        """What the rewards say of it."""
+        return self.asked.get(JUDGED, [])
+
+    def ask(self, name: str, group: WorkerGroup, method: Callable[..., object], *besides: object) -> None:
+        """Asks all ranks of a group, unless that was done."""
+        if name not in self.asked:
+            self.asked[name] = group.submit(method, [(self.rollouts, *besides)] * group.world_size)
 
     @property
     def rows(self) -> int:
@@ -99,7 +121,7 @@ def generate(sampler: WorkerGroup, batch: Batch, version: int, shards_per_rank: 
     rounds = []
     for number in range(shards_per_rank):  # rank r holds the contiguous shards r·k to r·k + k − 1
         rounds.append(sampler.submit(SamplingRole.generate, [(request,) for request in requests[number::shards_per_rank]]))
-    return [Shard(rounds[number][rank]) for rank in range(sampler.world_size) for number in range(shards_per_rank)]
+    return [Shard(rounds[number][rank], batch.stream, batch.step) for rank in range(sampler.world_size) for number in range(shards_per_rank)]
 
 
 def score(groups: Groups, shards: Sequence[Shard], *, with_value: bool) -> None:
@@ -116,10 +138,10 @@ def score_frozen(groups: Groups, shards: Sequence[Shard]) -> None:
     if groups.reference is not None:
         groups.turn(groups.reference)
         for shard in shards:
-            shard.pieces += _everyone(groups.reference, ScoringRole.score, (shard.rollouts,))
+            shard.ask(REFERENCE, groups.reference, ScoringRole.score)
     groups.turn(groups.reward)
     for shard in shards:
-        shard.judged += _everyone(groups.reward, RewardRole.judge, (shard.rollouts,))
+        shard.ask(JUDGED, groups.reward, RewardRole.judge, shard.stream, shard.step)
 
 
 def score_trained(groups: Groups, shards: Sequence[Shard], *, with_value: bool = True, with_policy: bool = True) -> None:
@@ -133,14 +155,14 @@ def score_trained(groups: Groups, shards: Sequence[Shard], *, with_value: bool =
     if with_value and groups.value is not None:
         groups.turn(groups.value)
         for shard in shards:
-            shard.pieces += _everyone(groups.value, ScoringRole.score, (shard.rollouts,))
+            shard.ask("value", groups.value, ScoringRole.score)
     if with_policy or groups.reference is None:
         groups.turn(groups.policy)
     for shard in shards:  # where the policy samples, it is busy until the last shard is done
         if with_policy:
-            shard.pieces += _everyone(groups.policy, ScoringRole.score, (shard.rollouts,))
+            shard.ask("policy", groups.policy, ScoringRole.score)
         if groups.reference is None:
-            shard.pieces += _everyone(groups.policy, PolicyRole.reference_score, (shard.rollouts,))
+            shard.ask("adapter off", groups.policy, PolicyRole.reference_score)
 
 
 def sampling_seconds(shards: Sequence[Shard], ranks: int) -> float:
@@ -164,7 +186,3 @@ def collect_scores(groups: Groups, shards: Sequence[Shard]) -> None:
         shard.scores = groups.reward.collect(shard.judged)
     for shard in shards:
         shard.scored = groups.policy.collect(shard.pieces)
-
-
-def _everyone(group: WorkerGroup, method: object, arguments: tuple[object, ...]) -> list[Handle]:
-    return group.submit(method, [arguments] * group.world_size)  # type: ignore[arg-type]

@@ -72,6 +72,8 @@ def start_process_group(
 
 def rank_alone(rank: int, world_size: int) -> Rank:
     """This process as one of several that never meet in a collective; nothing is imported for it."""
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     return Rank(rank, world_size, 0, "cuda:0" if torch.cuda.is_available() else "cpu")
 
 

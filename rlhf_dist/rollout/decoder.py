@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from rlhf_dist.models.flops import number_of
 from rlhf_dist.rollout.attention import SLOT_ATTENTION
+from rlhf_dist.rollout.forward import Forward, PlainForward
+from rlhf_dist.rollout.graphs import Bucket, Grid, StepGraphs
 from rlhf_dist.rollout.kv_cache import DecodePlan, PrefillPlan, SlotCache
 from rlhf_dist.rollout.prefill import SPAN_STEP, Piece, pieces, round_up
 from rlhf_dist.rollout.traits import FULL, SLIDING, ModelTraits
@@ -22,6 +24,8 @@ ROW_STEP = 4
 """A step computes a multiple of this many rows, idle ones if need be. On one CPU thread a row's result is then the same to the last bit
 whatever the number of rows (several threads may still split a product differently): a single row would take other matrix kernels, and an
 odd number of elements ends in scalar code that rounds differently."""
+LEAST_SPAN = 64
+"""Positions of the smallest bucket: below, a graph of its own would save nothing."""
 SMALL_PRODUCT = 512
 """Positions times head width of the smallest span: below 400 multiplications PyTorch computes batched products by another kernel."""
 
@@ -34,10 +38,22 @@ class SlotDecoder:
         traits: its facts.
         slots: most rows at once.
         max_len: longest row, prompt and completion together.
+        forward: how to run the model; by default as it is.
+        graphs: runs steps in buckets; without it a step is of just the rows and positions it needs.
     """
 
-    def __init__(self, model: nn.Module, traits: ModelTraits, slots: int, max_len: int) -> None:
-        self._model, self._traits = model, traits
+    def __init__(
+        self,
+        model: nn.Module,
+        traits: ModelTraits,
+        slots: int,
+        max_len: int,
+        *,
+        forward: Forward | None = None,
+        graphs: StepGraphs | None = None,
+    ) -> None:
+        self._graphs = graphs
+        self._forward, self._traits = forward or PlainForward(model), traits
         self.device = next(model.parameters()).device
         slots = round_up(slots, ROW_STEP)
         self._smallest_span = round_up(-(-SMALL_PRODUCT // _head_width(model)), SPAN_STEP)
@@ -51,6 +67,7 @@ class SlotDecoder:
         self._state_3S = torch.zeros(3, slots, dtype=torch.long, device=self.device)
         self._slots_S = torch.arange(slots, device=self.device)
         self._positions_L = torch.arange(self._max_len, device=self.device)
+        self._grid = Grid(Bucket(ROW_STEP, max(self._smallest_span, LEAST_SPAN)), Bucket(slots, self._max_len))
 
     @property
     def count(self) -> int:
@@ -90,13 +107,14 @@ class SlotDecoder:
             self._cache.copy(self.count - 1, self._spare, len(self._kept))
 
     def step(self) -> Tensor:
-        """Feeds every row's token; returns the logits of the next one, [count, V] in the model's dtype."""
-        rows = round_up(self.count, ROW_STEP)
-        tokens_N, lengths_N = self._state_3S[0, :rows], self._state_3S[1, :rows]
-        span = max(round_up(max(self._lengths) + 1, SPAN_STEP), self._smallest_span)
-        self._cache.plan = DecodePlan(rows, span, self._slots_S[: self.count], lengths_N[: self.count])
-        output = self._forward(tokens_N[:, None], lengths_N[:, None], self._masks(lengths_N, span, decode=True))
-        return output[: self.count, -1]
+        """Feeds every row's token; returns the logits of the next one, [count, V] in the model's dtype. A later step may overwrite them."""
+        span = max(self._lengths) + 1
+        if self._graphs is None:
+            shape = Bucket(round_up(self.count, ROW_STEP), max(round_up(span, SPAN_STEP), self._smallest_span))
+            return self._decode(shape, self.count)[: self.count]
+        bucket = self._grid.bucket(self.count, span)
+        # Idle rows store theirs too: at position 0 of slots that nobody holds.
+        return self._graphs.run(bucket, lambda: self._decode(bucket, bucket.rows))[: self.count]
 
     def feed(self, tokens_N: Tensor) -> None:
         """Sets the tokens that the next step takes in, int64 [count]."""
@@ -115,6 +133,13 @@ class SlotDecoder:
         self._state_3S[:, last] = 0
         self._lengths.pop()
 
+    def _decode(self, shape: Bucket, stored: int) -> Tensor:
+        """A step of given shape; the first `stored` rows keep their keys and values."""
+        tokens_N, lengths_N = self._state_3S[0, : shape.rows], self._state_3S[1, : shape.rows]
+        self._cache.plan = DecodePlan(shape.rows, shape.span, self._slots_S[:stored], lengths_N[:stored])
+        mask = self._masks(lengths_N, shape.span, decode=True)
+        return self._forward(tokens_N[:, None], lengths_N[:, None], mask, self._cache, logits=True)
+
     def _prefill(self, rows: Sequence[tuple[int, tuple[int, ...]]], piece: Piece) -> None:
         """One piece of the prefixes of some slots. Right-padded: under a causal mask no real token sees the pads behind it."""
         end = piece.start + piece.width
@@ -123,21 +148,10 @@ class SlotDecoder:
         self._cache.plan = PrefillPlan(self._tensor([slot for slot, _ in rows]), piece.start)
         # Padding may reach past the end of a table of positions.
         positions_Q = self._positions_L[piece.start : end].clamp(max=self._longest - 1)
-        # The first piece sees only itself, which needs no mask of ours.
-        mask = self._masks(self._positions_L[piece.start : end], end, decode=False) if piece.start else None
-        self._forward(padded_BQ, positions_Q.expand(len(rows), -1), mask)
-
-    def _forward(self, tokens_BQ: Tensor, positions_BQ: Tensor, mask: Any) -> Tensor:
-        output: Any = self._model(
-            input_ids=tokens_BQ,
-            position_ids=positions_BQ,
-            attention_mask=mask,
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits: Tensor = output.logits
-        return logits
+        # The first piece sees only itself, which needs no mask of ours unless a window is narrower.
+        plain = piece.start == 0 and (self._traits.window is None or end <= self._traits.window)
+        mask = None if plain else self._masks(self._positions_L[piece.start : end], end, decode=False)
+        self._forward(padded_BQ, positions_Q.expand(len(rows), -1), mask, self._cache, logits=False)
 
     def _masks(self, queries_Q: Tensor, span: int, decode: bool) -> Any:
         """Which of `span` positions the queries at given positions may see; a dict by kind where layers differ.

@@ -15,9 +15,10 @@ from rlhf_dist.config.errors import UserError
 from rlhf_dist.contracts.experience import StopReason
 from rlhf_dist.contracts.tally import Tally
 from rlhf_dist.rollout.decoder import SlotDecoder
+from rlhf_dist.rollout.forward import Forward, fastest_forward
+from rlhf_dist.rollout.graphs import StepGraphs, graphs_for
 from rlhf_dist.rollout.philox import stream_key, uniforms
-from rlhf_dist.rollout.prepack import prepacked
-from rlhf_dist.rollout.probe import check_decoding
+from rlhf_dist.rollout.probe import check_decoding, graphs_hold
 from rlhf_dist.rollout.sampling import Draw, SamplingParams, draw
 from rlhf_dist.rollout.stopping import Decode, StopRule
 from rlhf_dist.rollout.traits import decoding, read_traits
@@ -89,7 +90,7 @@ class NativeEngine:
             raise UserError(f"slots is {slots}", where="rollout.slots", fix="set it to at least 1")
         self._model, self._slots, self._decode = model, slots, decode
         self._traits = read_traits(model)
-        self._probed = False
+        self._replays: bool | None = None
 
     def generate(self, rows: Sequence[RolloutRow], params: SamplingParams, key: SamplingKey) -> tuple[list[Completion], Tally]:
         """Completes every row; the completions stand in the order of the rows.
@@ -107,13 +108,18 @@ class NativeEngine:
             return [], Tally()
         slots = min(self._slots, len(rows))
         longest = max(len(row.prompt_tokens) + limit for row, limit in zip(rows, limits, strict=True))
-        with decoding(self._model):
-            if not self._probed:
-                check_decoding(self._model, self._traits)
-                self._probed = True
-            with prepacked(self._model):
-                decoder = SlotDecoder(self._model, self._traits, slots, longest)
-                return _Run(decoder, slots, _Work(rows, limits, params, rule, key)).completions()
+        with decoding(self._model), fastest_forward(self._model) as forward:
+            graphs = self._graphs(forward)
+            decoder = SlotDecoder(self._model, self._traits, slots, longest, forward=forward, graphs=graphs)
+            return _Run(decoder, slots, _Work(rows, limits, params, rule, key)).completions()
+
+    def _graphs(self, forward: Forward) -> StepGraphs | None:
+        """New ones for a call, where the model's steps can be replayed: a look at the first call tells, and whether it decodes at all."""
+        device = next(self._model.parameters()).device
+        if self._replays is None:
+            check_decoding(self._model, self._traits, forward)
+            self._replays = graphs_hold(self._model, self._traits, graphs_for(device))
+        return graphs_for(device) if self._replays else None
 
     def _limit(self, row: RolloutRow, params: SamplingParams) -> int:
         limit = row.limit(params)

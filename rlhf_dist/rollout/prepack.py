@@ -30,29 +30,36 @@ def prepacked(model: nn.Module) -> Iterator[None]:
     Args:
         model: any module; layers of other types, devices or dtypes are left alone.
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and _packable(layer)] if prepack_available() else []
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and packable(layer)]
     try:
         for layer in layers:
-            packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), LAYOUT_ROWS)
-            layer.__dict__["forward"] = functools.partial(_packed_linear, packed, layer.bias)
+            layer.__dict__["forward"] = functools.partial(packed_linear, pack(layer.weight.detach()), layer.bias)
         yield
     finally:
         for layer in layers:
             layer.__dict__.pop("forward", None)
 
 
-def _packable(layer: nn.Linear) -> bool:
+def packable(layer: nn.Linear) -> bool:
+    """Whether a layer's weight can be laid out anew, and no one has given the layer a forward of its own."""
     # A subclass may compute something else, and a forward set on the layer itself belongs to somebody.
-    if type(layer) is not nn.Linear or "forward" in layer.__dict__:
+    if not prepack_available() or type(layer) is not nn.Linear or "forward" in layer.__dict__:
         return False
     return layer.weight.device.type == "cpu" and layer.weight.dtype in _dtypes() and layer.weight.numel() > 0
+
+
+def pack(weight: Tensor) -> Tensor:
+    """A copy of a weight [out, in] for `packed_linear`."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, LAYOUT_ROWS)
+    return packed
+
+
+def packed_linear(packed: Tensor, bias: Tensor | None, inputs: Tensor) -> Tensor:
+    """`inputs` [..., in] times a weight that `pack` laid out, plus the bias [out]."""
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, packed, bias, "none", [], "")
+    return result
 
 
 def _dtypes() -> tuple[torch.dtype, ...]:
     """bfloat16 needs instructions that not every CPU has."""
     return (torch.float32, torch.bfloat16) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else (torch.float32,)
-
-
-def _packed_linear(packed: Tensor, bias: Tensor | None, inputs: Tensor) -> Tensor:
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, packed, bias, "none", [], "")
-    return result

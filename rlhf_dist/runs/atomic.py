@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rlhf_dist.config.errors import writing
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -15,14 +17,17 @@ def replacing(path: Path) -> Iterator[Path]:
     The folder is made when absent. When the block raises, `path` stays as it was and the temporary file is removed.
 
     Raises:
+        UserError: the disk is full, or may not be written to.
         FileNotFoundError: the block wrote nothing.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        yield temporary
-        _to_disk(temporary)
-        os.replace(temporary, path)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            _to_disk(temporary)
+            os.replace(temporary, path)
+            sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -37,3 +42,12 @@ def _to_disk(path: Path) -> None:
     """Without it a power cut may leave the new name with none of the contents."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Brings the names in a folder to disk: a file or a rename in it survives a power cut only then."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,147 +1,237 @@
-"""Checkpoints as folders that exist whole or not at all, with a manifest, and how many of them are kept.
+"""Checkpoints as folders that exist whole or not at all, with a manifest that has the hash of every file, itself included.
 
-A checkpoint grows in a hidden folder and is published by renaming it, so a run killed half-way leaves nothing that counts.
+A checkpoint grows in a hidden folder and is committed by one rename, after everything in it has reached the disk. So a run that is killed
+half-way leaves nothing that counts, and what was damaged later is refused by name.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlhf_dist.config.errors import UserError
-from rlhf_dist.runs.atomic import write_text
+from rlhf_dist.contracts.engine import SavedFile
+from rlhf_dist.runs.atomic import sync_folder, write_text
+from rlhf_dist.runs.summary import versions
 
 MANIFEST = "manifest.json"
+FORMAT = 2
+CHUNK = 4 * 2**20
 _NAME = re.compile(r"step_(\d{6,})")
+_REFUSED = "use another checkpoint, or let run.resume=auto take the newest whole one"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A published checkpoint.
+    """A committed checkpoint.
 
-    step: PPO steps done. time: seconds since the epoch. files: size in bytes by path inside the folder. state: JSON-able.
+    step: steps done. time: seconds since the epoch. files: by path inside the folder. state: JSON-able. versions: of the packages.
     """
 
     folder: Path
     step: int
     time: float
-    files: dict[str, int]
+    files: dict[str, SavedFile]
     state: dict[str, Any]
+    versions: dict[str, str | None]
 
     def verify(self) -> None:
-        """Holds the folder against its manifest.
+        """Holds every file against its size and its hash.
 
         Raises:
-            UserError: a file is missing or has another size.
+            UserError: a file is missing, has another size or other contents (named).
         """
-        for name, size in self.files.items():
+        for name, saved in self.files.items():
             path = self.folder / name
             found = path.stat().st_size if path.is_file() else None
-            if found != size:
-                state = "is missing" if found is None else f"has {found} bytes, not {size}"
-                raise UserError(f"checkpoint file {name} {state}", where=str(self.folder), fix="use another checkpoint")
+            if found is None:
+                wrong = "is missing"
+            elif found != saved.bytes:
+                wrong = f"has {found} bytes, not {saved.bytes}"
+            elif hash_of(path) != saved.sha256:
+                wrong = "has other contents than were written"
+            else:
+                continue
+            raise UserError(f"checkpoint file {name} {wrong}", where=str(self.folder), fix=_REFUSED)
 
 
 class CheckpointStore:
-    """The `checkpoints/` folder of a run. One process owns it; others may write models into it between `begin` and `publish`."""
+    """The `checkpoints/` folder of a run. One process owns it; others may write into a folder between `begin` and `commit`."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
 
+    def partial(self, step: int) -> Path:
+        """Where the checkpoint of a step grows."""
+        return self._root / f".step_{step:06d}.partial"
+
     def begin(self, step: int) -> Path:
-        """An empty folder to write the checkpoint of `step` into. Leftovers of killed runs are removed."""
-        for leftover in self._root.glob(".step_*"):
-            shutil.rmtree(leftover)
-        folder = self._partial(step)
-        folder.mkdir(parents=True)
+        """Makes the folder that the checkpoint of `step` grows in. What others have begun to write there stays."""
+        folder = self.partial(step)
+        folder.mkdir(parents=True, exist_ok=True)
         return folder
 
-    def publish(self, step: int, state: dict[str, Any]) -> Checkpoint:
-        """Writes the manifest over what stands in the folder of `begin`, and renames it. Replaces an older checkpoint of the same step.
+    def clear(self) -> None:
+        """Removes what killed runs left half-written or half-removed. Nobody may be writing."""
+        for leftover in self._root.glob(".step_*"):
+            shutil.rmtree(leftover)
+
+    def commit(self, step: int, state: dict[str, Any], written: Iterable[SavedFile] = ()) -> Checkpoint:
+        """Makes the folder of `begin` count: manifest, to disk, rename.
+
+        Args:
+            step: steps done.
+            state: JSON-able.
+            written: files that their writers hashed and brought to disk; others in the folder are hashed and brought there now.
 
         Raises:
+            UserError: a written file cannot be seen from here, or has another size: the folder is not shared by all machines.
             FileNotFoundError: `begin` was not called for this step.
-            ValueError: nothing was written into the folder, or the state is not JSON-able.
+            ValueError: nothing was written, or the state is not JSON-able.
         """
-        partial, final = self._partial(step), self._final(step)
+        partial, final = self.partial(step), self._final(step)
         if not partial.is_dir():
             raise FileNotFoundError(f"no checkpoint of step {step} was begun in {self._root}")
-        files = {path.relative_to(partial).as_posix(): path.stat().st_size for path in sorted(partial.rglob("*")) if path.is_file()}
-        if not files:
-            raise ValueError(f"the checkpoint of step {step} is empty")
-        manifest = {"step": step, "time": time.time(), "files": files, "state": state}
-        write_text(partial / MANIFEST, json.dumps(manifest, indent=2, allow_nan=False) + "\n")
-        replaced = _hidden(final) if final.exists() else None
-        if replaced:
-            os.rename(final, replaced)
+        files = _recorded(partial, {file.name: file for file in written})
+        values: dict[str, Any] = {"format": FORMAT, "step": step, "time": time.time(), "state": state, "versions": versions()}
+        values["files"] = {name: [file.bytes, file.sha256] for name, file in sorted(files.items())}
+        write_text(partial / MANIFEST, json.dumps(values | {"sha256": _digest(values)}, indent=2, allow_nan=False) + "\n")
+        for folder in sorted({partial, *(path.parent for path in partial.rglob("*"))}):
+            sync_folder(folder)
+        if final.exists():  # one that was refused: a whole one of the same step is never written again
+            shutil.rmtree(_aside(final), ignore_errors=True)
+            os.rename(final, _aside(final))
         os.rename(partial, final)
-        if replaced:
-            shutil.rmtree(replaced)
+        sync_folder(self._root)
         return _read(final)
 
     def all(self) -> list[Checkpoint]:
-        """Published checkpoints, oldest step first. A folder without a manifest is none.
+        """Committed checkpoints, oldest step first; their files are not looked at. One whose manifest cannot be read is left out."""
+        return [checkpoint for _, checkpoint in sorted(self._steps().items()) if isinstance(checkpoint, Checkpoint)]
 
-        Raises:
-            UserError: a manifest that cannot be read.
+    def newest(self, refused: Callable[[str], None]) -> Checkpoint | None:
+        """The newest whole checkpoint; None when there is none.
+
+        Args:
+            refused: told of every newer one that is damaged, by name and with the reason.
         """
-        if not self._root.is_dir():
-            return []
-        folders = [path for path in self._root.iterdir() if _NAME.fullmatch(path.name) and (path / MANIFEST).is_file()]
-        return sorted((_read(folder) for folder in folders), key=lambda checkpoint: checkpoint.step)
+        for _, found in sorted(self._steps().items(), reverse=True):
+            try:
+                if isinstance(found, UserError):
+                    raise found
+                found.verify()
+                return found
+            except UserError as error:
+                refused(f"checkpoint {Path(error.where).name} is damaged and not used: {error.what}")
+        return None
 
-    def latest(self) -> Checkpoint | None:
-        """The checkpoint of the highest step, verified; None when there is none.
-
-        Raises:
-            UserError: it does not agree with its manifest.
-        """
-        checkpoints = self.all()
-        if not checkpoints:
-            return None
-        checkpoints[-1].verify()
-        return checkpoints[-1]
-
-    def prune(self, keep: int, protect: Collection[int] = ()) -> list[int]:
-        """Removes all but the `keep` latest checkpoints and those of the steps in `protect`; returns the removed steps.
+    def prune(self, keep: int) -> list[int]:
+        """Removes all but the `keep` latest checkpoints, and what was refused; returns the removed steps.
 
         Raises:
             ValueError: keep < 1.
         """
         if keep < 1:
             raise ValueError("keep must be at least 1")
-        doomed = [checkpoint for checkpoint in self.all()[:-keep] if checkpoint.step not in protect]
+        doomed = self.all()[:-keep]
         for checkpoint in doomed:
             # Renamed first: a kill in the middle must not leave a half-emptied folder that still counts.
-            hidden = _hidden(checkpoint.folder)
-            os.rename(checkpoint.folder, hidden)
-            shutil.rmtree(hidden)
+            os.rename(checkpoint.folder, _aside(checkpoint.folder))
+        for folder in self._root.glob(".step_*.aside"):
+            shutil.rmtree(folder)
         return [checkpoint.step for checkpoint in doomed]
+
+    def _steps(self) -> dict[int, Checkpoint | UserError]:
+        found: dict[int, Checkpoint | UserError] = {}
+        for path in self._root.iterdir() if self._root.is_dir() else ():
+            name = _NAME.fullmatch(path.name)
+            if name and path.is_dir():
+                try:
+                    found[int(name[1])] = read_checkpoint(path)
+                except UserError as error:
+                    found[int(name[1])] = error
+        return found
 
     def _final(self, step: int) -> Path:
         return self._root / f"step_{step:06d}"
 
-    def _partial(self, step: int) -> Path:
-        return self._root / f".step_{step:06d}.partial"
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """A committed checkpoint by its folder; its files are not looked at (`Checkpoint.verify`).
+
+    Raises:
+        UserError: no manifest, one that was changed, or one of another version.
+    """
+    return _read(folder)
 
 
-def _hidden(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.removed")
+def recorded_files(folder: Path) -> tuple[SavedFile, ...]:
+    """All files of a folder, brought to disk and hashed."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return tuple(_to_disk(path.relative_to(folder).as_posix(), path) for path in paths)
+
+
+def hash_of(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(CHUNK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _recorded(folder: Path, written: dict[str, SavedFile]) -> dict[str, SavedFile]:
+    (folder / MANIFEST).unlink(missing_ok=True)  # of a try that did not end
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    for name, file in written.items():
+        size = paths[name].stat().st_size if name in paths else None
+        if size != file.bytes:
+            seen = "cannot be seen" if size is None else f"has {size} bytes"
+            fix = "set run.output_dir to a folder that all machines of the run share"
+            raise UserError(f"{name} was written with {file.bytes} bytes, but {seen} from the coordinator", where=str(folder), fix=fix)
+    if not paths:
+        raise ValueError(f"the checkpoint in {folder} is empty")
+    return written | {name: _to_disk(name, path) for name, path in paths.items() if name not in written}
+
+
+def _to_disk(name: str, path: Path) -> SavedFile:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return SavedFile(name, path.stat().st_size, hash_of(path))
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.aside")
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def _inside(name: str) -> str:
+    """A manifest names files of its own folder, nothing else on the machine."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"{name!r} is no file of the folder")
+    return name
 
 
 def _read(folder: Path) -> Checkpoint:
     path = folder / MANIFEST
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        return Checkpoint(folder, values["step"], values["time"], values["files"], values["state"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"the checkpoint's manifest cannot be read: {error!r}", where=str(path), fix="remove this checkpoint, use another"
-        ) from None
+        if values["format"] != FORMAT:
+            raise UserError(f"its format is {values['format']!r}, this version reads {FORMAT}", where=str(folder), fix=_REFUSED)
+        if values.pop("sha256") != _digest(values):
+            raise UserError(f"{MANIFEST} was changed after it was written", where=str(folder), fix=_REFUSED)
+        files = {name: SavedFile(_inside(name), size, sha256) for name, (size, sha256) in values["files"].items()}
+        return Checkpoint(folder, values["step"], values["time"], files, values["state"], values["versions"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{MANIFEST} cannot be read: {type(error).__name__}", where=str(folder), fix=_REFUSED) from None

@@ -27,8 +27,8 @@ class RunFolder:
     root: Path
 
     @classmethod
-    def create(cls, output_dir: str | Path, name: str, overwrite: bool = False) -> RunFolder:
-        """Makes `output_dir/name`, absolute, because workers may stand in another folder.
+    def create(cls, output_dir: str | Path, name: str, overwrite: bool = False, resume: bool = False) -> RunFolder:
+        """Makes `output_dir/name`, absolute, because workers may stand in another folder. With `resume` a run's folder stays as it is.
 
         Raises:
             UserError: the folder holds something and `overwrite` is off, or it is not a run folder, or it cannot be written.
@@ -37,7 +37,7 @@ class RunFolder:
             raise UserError(f"{name!r} cannot name a run folder", where="run.name", fix="use letters, digits, '_', '-' and '.'")
         root = Path(output_dir).expanduser().absolute() / name
         try:
-            if root.exists():
+            if root.exists() and not (resume and (root / MARKER).is_file()):
                 _make_room(root, overwrite)
             root.mkdir(parents=True, exist_ok=True)
             (root / MARKER).touch()
@@ -93,6 +93,21 @@ class RunFolder:
         return self.root / "report"
 
     @property
+    def quarantine(self) -> Path:
+        """Samples on which a reward failed, one JSON object a line; made where there is one."""
+        return self.root / "quarantine.jsonl"
+
+    @property
+    def reports(self) -> Path:
+        """What was seen of stuck processes."""
+        return self.root / "reports"
+
+    @property
+    def capsules(self) -> Path:
+        """Steps that were skipped because something was not finite, each with all that is needed to see it again."""
+        return self.root / "capsules"
+
+    @property
     def checkpoints(self) -> Path:
         """Checkpoints taken during the run."""
         return self.root / "checkpoints"
@@ -121,6 +136,17 @@ class RunFolder:
         """Samples of one training step."""
         return self.rollouts / f"step_{step:06d}.parquet"
 
+    def forget_after(self, step: int) -> None:
+        """Removes samples and capsules of steps after `step`, and what says that the run is over."""
+        for folder in (self.rollouts, self.evaluation):
+            for path in folder.glob("step_*.parquet"):
+                if int(path.stem.removeprefix("step_")) > step:
+                    path.unlink()
+        for path in self.capsules.glob("step_*"):
+            if int(path.name.split("_")[1]) > step:
+                shutil.rmtree(path)
+        self.summary.unlink(missing_ok=True)
+
     def evaluation_path(self, step: int) -> Path:
         """Held-out samples of the policy after `step` steps; 0 is before training."""
         return self.evaluation / f"step_{step:06d}.parquet"
@@ -131,7 +157,7 @@ class RunFolder:
 
     def clear_unused(self) -> bool:
         """Empties the folder of a run that recorded no metric, so that the next try needs no `overwrite`; returns whether it did."""
-        recorded = self.metrics.is_file() and self.metrics.stat().st_size > 0
+        recorded = (self.metrics.is_file() and self.metrics.stat().st_size > 0) or any(self.checkpoints.glob("step_*"))
         if recorded or not (self.root / MARKER).is_file():
             return False
         _empty(self.root)
@@ -149,7 +175,7 @@ def _make_room(root: Path, overwrite: bool) -> None:
         raise UserError(
             "the run folder exists and is not empty",
             where=str(root),
-            fix="set run.name to another name, or run.overwrite=true to replace it",
+            fix="set run.name to another name, run.resume=auto to go on with it, or run.overwrite=true to replace it",
         )
     if not (root / MARKER).is_file():
         raise UserError(

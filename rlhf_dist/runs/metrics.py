@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from rlhf_dist.config.errors import UserError
+from rlhf_dist.config.errors import UserError, writing
 from rlhf_dist.runs.folder import RunFolder
 
 RESERVED = ("step", "time")
+ROOM = 64 * 2**10
+"""Bytes that the metrics of a step may need at most, in both files."""
 EXACT = 2**53
 """Up to here every integer is a float."""
 
@@ -26,8 +30,28 @@ class MetricsWriter:
     def __init__(self, folder: RunFolder) -> None:
         self._file = os.open(folder.metrics, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self._where = str(folder.metrics)
-        self._tensorboard = SummaryWriter(str(folder.tensorboard))
+        self._events = str(folder.tensorboard)
+        self._tensorboard = SummaryWriter(self._events)
         self._open = True
+
+    @property
+    def position(self) -> int:
+        """Bytes written so far: what `rewind` goes back to."""
+        return os.fstat(self._file).st_size
+
+    def rewind(self, step: int, position: int) -> None:
+        """Forgets what was written after a position; TensorBoard hides events after `step`.
+
+        Raises:
+            UserError: the file is shorter than that.
+        """
+        if self.position < position:
+            what = f"the metrics have {self.position} bytes, the checkpoint was taken when they had {position}"
+            raise UserError(what, where=self._where, fix="put the file back as the run left it, or start a new run")
+        with writing(self._where):
+            os.ftruncate(self._file, position)
+            self._tensorboard.close()
+            self._tensorboard = SummaryWriter(self._events, purge_step=step + 1)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes all metrics of a step, or none of them.
@@ -44,17 +68,26 @@ class MetricsWriter:
         now = time.time()
         values = {name: _checked(name, value, step) for name, value in metrics.items()}
         line = json.dumps({"step": step, "time": now, **values}, allow_nan=False) + "\n"
-        self._append(line.encode())
-        for name, value in ((name, value) for name, value in values.items() if isinstance(value, float)):
-            self._tensorboard.add_scalar(name, value, global_step=step, walltime=now)
-        self._tensorboard.flush()
+        with writing(self._where):
+            self._check_room()
+            self._append(line.encode())
+            for name, value in ((name, value) for name, value in values.items() if isinstance(value, float)):
+                self._tensorboard.add_scalar(name, value, global_step=step, walltime=now)
+            self._tensorboard.flush()
 
     def close(self) -> None:
         """Closes both files. Safe to call twice."""
         if self._open:
             self._open = False
             os.close(self._file)
-            self._tensorboard.close()
+            with suppress(OSError):  # the disk is full: whoever wrote last was told
+                self._tensorboard.close()
+
+    def _check_room(self) -> None:
+        """TensorBoard writes in a thread of its own, where a full disk would be a traceback."""
+        disk = os.fstatvfs(self._file)
+        if disk.f_bavail * disk.f_frsize < ROOM:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _append(self, line: bytes) -> None:
         """One unbuffered call, so that a killed run leaves whole lines."""

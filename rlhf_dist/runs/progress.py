@@ -116,6 +116,40 @@ class ConsoleReporter:
             self._progress = None
 
 
+class Furthest:
+    """Passes everything on, and remembers how far the run got. Begins a run on the console once, however often it is begun again."""
+
+    def __init__(self, reporter: ConsoleReporter) -> None:
+        self._reporter, self.furthest, self._started = reporter, 0, False
+
+    def started(self, facts: Mapping[str, Any]) -> None:
+        """The first time."""
+        if not self._started:
+            self._started = True
+            self._reporter.started(facts)
+
+    def phase(self, step: int, name: str) -> None:
+        """As it is."""
+        self._reporter.phase(step, name)
+
+    def step(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
+        """Remembers the step."""
+        self.furthest = max(self.furthest, step)
+        self._reporter.step(step, total, metrics)
+
+    def message(self, text: str) -> None:
+        """As it is."""
+        self._reporter.message(text)
+
+    def finished(self, summary: Mapping[str, Any]) -> None:
+        """As it is."""
+        self._reporter.finished(summary)
+
+    def close(self) -> None:
+        """As it is."""
+        self._reporter.close()
+
+
 @dataclass(frozen=True)
 class Event:
     """One call of a reporter, to be sent to another process."""

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from rlhf_dist.config.loading import dump_config
 from pydantic import BaseModel
-from rlhf_dist.runs.checkpoints import CheckpointStore
+
+from rlhf_dist.config.errors import UserError
+from rlhf_dist.config.loading import dump_config
+from rlhf_dist.contracts.engine import SavedFile
+from rlhf_dist.runs.atomic import write_text
+from rlhf_dist.runs.checkpoints import Checkpoint, CheckpointStore
 from rlhf_dist.runs.folder import RunFolder
+from rlhf_dist.runs.lineage import CONFIG
 from rlhf_dist.runs.metrics import MetricsWriter
-from rlhf_dist.runs.state import RunState
 from rlhf_dist.runs.summary import write_summary
 
 
@@ -17,23 +23,40 @@ class Recorder:
     """Writes a run folder.
 
     Args:
-        folder: None on all ranks but the first of the deepspeed launcher.
+        folder: None where nothing is to be written at all.
+        writes: False on all ranks but the first of the deepspeed launcher: they know the paths and write nothing themselves.
     """
 
-    def __init__(self, folder: RunFolder | None) -> None:
+    def __init__(self, folder: RunFolder | None, writes: bool = True) -> None:
         self.folder = folder
-        self._metrics = MetricsWriter(folder) if folder else None
+        self._writes = writes and folder is not None
+        self._metrics = MetricsWriter(folder) if folder and writes else None
         self._checkpoints = CheckpointStore(folder.checkpoints) if folder else None
 
     def config(self, config: BaseModel) -> None:
         """Saves the resolved config."""
-        if self.folder:
+        if self.folder and self._writes:
             self.folder.write_config(dump_config(config))
 
     def metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Appends a step's metrics."""
         if self._metrics:
             self._metrics.write(step, metrics)
+
+    @property
+    def metrics_position(self) -> int:
+        """Bytes of metrics so far; 0 where none are written."""
+        return self._metrics.position if self._metrics else 0
+
+    def rewind(self, step: int, position: int) -> None:
+        """Forgets everything after a step: metrics after a position, samples, the summary.
+
+        Raises:
+            UserError: the metrics are shorter than that.
+        """
+        if self.folder and self._metrics:
+            self._metrics.rewind(step, position)
+            self.folder.forget_after(step)
 
     def rollouts_path(self, step: int) -> str:
         """Where the samples of a step go."""
@@ -43,15 +66,48 @@ class Recorder:
         """Where the held-out samples go."""
         return str(self.folder.evaluation_path(step)) if self.folder else ""
 
-    def begin_checkpoint(self, step: int) -> str:
-        """An empty folder for a checkpoint's models."""
-        return str(self._checkpoints.begin(step)) if self._checkpoints else ""
+    def quarantine_path(self) -> str:
+        """Where samples go on which a reward failed."""
+        return str(self.folder.quarantine) if self.folder else ""
 
-    def publish_checkpoint(self, state: RunState, keep: int) -> None:
-        """Makes the begun checkpoint count, and lets old ones go."""
-        if self._checkpoints:
-            self._checkpoints.publish(state.step, state.to_dict())
+    def capsule_path(self, step: int, role: str, minibatch: int) -> str:
+        """Where an optimizer step of a model goes that was skipped; both numbers count from 1."""
+        return str(self.folder.capsules / f"step_{step:06d}_{role}_{minibatch:02d}") if self.folder else ""
+
+    def begin_checkpoint(self, step: int) -> str:
+        """The folder in which a checkpoint grows; made by whoever writes."""
+        if self._checkpoints is None:
+            return ""
+        return str(self._checkpoints.begin(step) if self._writes else self._checkpoints.partial(step))
+
+    def commit_checkpoint(self, step: int, state: dict[str, Any], written: Iterable[SavedFile], keep: int) -> None:
+        """Makes the begun checkpoint count, and then lets old ones go.
+
+        Raises:
+            UserError: the disk is full, or the files of other machines cannot be seen.
+        """
+        if self.folder is None or self._checkpoints is None or not self._writes:
+            return
+        try:
+            shutil.copyfile(self.folder.config, self._checkpoints.partial(step) / CONFIG)
+            self._checkpoints.commit(step, state, written)
             self._checkpoints.prune(keep)
+        except OSError as error:
+            what = f"the checkpoint of step {step} could not be written ({error.strerror}); earlier ones are whole"
+            raise UserError(what, where=str(self._checkpoints.partial(step)), fix="free space, then go on with run.resume=auto") from None
+
+    def newest_checkpoint(self, refused: Callable[[str], None]) -> Checkpoint | None:
+        """The newest whole checkpoint of the run.
+
+        Args:
+            refused: told of newer ones that are damaged.
+        """
+        return self._checkpoints.newest(refused) if self._checkpoints else None
+
+    def clear_partial(self) -> None:
+        """Removes checkpoints that were left half-written."""
+        if self._checkpoints and self._writes:
+            self._checkpoints.clear()
 
     def export_path(self, role: str) -> str:
         """Where a final model goes."""
@@ -61,14 +117,22 @@ class Recorder:
         """Where a report goes."""
         return str(self.folder.report) if self.folder else ""
 
+    def stuck(self, name: str, text: str) -> str:
+        """Writes what was seen of stuck processes; returns the path."""
+        if not self.folder:
+            return ""
+        path = self.folder.reports / f"{name}.txt"
+        write_text(path, text)
+        return str(path)
+
     def summary(self, summary: dict[str, Any]) -> None:
         """Writes summary.json."""
-        if self.folder:
+        if self.folder and self._writes:
             write_summary(self.folder.summary, summary)
 
     def close(self) -> None:
         """Closes the files. A run that ended before it recorded a metric leaves its folder empty, for the next try. Safe to call twice."""
         if self._metrics:
             self._metrics.close()
-        if self.folder:
+        if self.folder and self._writes:
             self.folder.clear_unused()

@@ -11,7 +11,7 @@ from pydantic import ConfigDict, StrictFloat, StrictInt, TypeAdapter, Validation
 
 from rlhf_dist.config.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass
@@ -22,7 +22,11 @@ class RunState:
     of steps that trained them (law 8).
     prompt_cursor: training prompts consumed. kl_coef: β. baseline: running mean of `reinforce`.
     reward_mixer: running moments by reward name, as JSON-able values. best_score, best_step: best held-out evaluation so far.
-    dropped: samples left out, by reason. optimizer_steps: policy optimizer steps done.
+    dropped: samples left out, by reason. optimizer_steps: policy optimizer steps done. kl: of the last step, nats a sequence.
+    held_out, yardstick: first and latest evaluation, and the reward moments of the first. metrics_bytes: length of `metrics.jsonl`.
+    seconds, worked, tokens: by phase, for the summary. weights: checksum of the weights the sampler has, as the last sync saw it.
+    pending: steps whose rollouts were sampled by policies that are gone, with their number of shards.
+    sentinels: what they remember of the steps before.
     """
 
     step: StrictInt = 0
@@ -35,6 +39,15 @@ class RunState:
     best_step: StrictInt | None = None
     dropped: dict[str, StrictInt] = field(default_factory=dict)
     optimizer_steps: StrictInt = 0
+    kl: StrictFloat | None = None
+    held_out: dict[str, Any] = field(default_factory=dict)
+    yardstick: dict[str, Any] = field(default_factory=dict)
+    metrics_bytes: StrictInt = 0
+    seconds: dict[str, dict[str, StrictFloat]] = field(default_factory=dict)
+    tokens: dict[str, StrictInt] = field(default_factory=dict)
+    weights: StrictInt = 0
+    pending: dict[str, StrictInt] = field(default_factory=dict)
+    sentinels: dict[str, Any] = field(default_factory=dict)
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 

@@ -15,16 +15,19 @@ from pydantic import BaseModel
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.config.loading import dump_config
 from rlhf_dist.config.supervised import TrainingSection
-from rlhf_dist.contracts.group import WorkerGroup
+from rlhf_dist.contracts.group import Lost, WorkerGroup
 from rlhf_dist.contracts.roles import UpdateInfo, UpdateRequest
 from rlhf_dist.contracts.supervised import RowFacts, SupervisedRole
 from rlhf_dist.contracts.tally import merged
 from rlhf_dist.data.schedule import Microbatches, assign, minibatch_rows
 from rlhf_dist.evaluation.judged import in_words
+from rlhf_dist.runs.checkpoints import Checkpoint
 from rlhf_dist.runs.clock import Clock
 from rlhf_dist.runs.progress import Reporter
 from rlhf_dist.runs.recorder import Recorder
+from rlhf_dist.runs.saver import Saver
 from rlhf_dist.runs.summary import config_hash, versions
+from rlhf_dist.runs.supervision import Budget, rebuild, stuck_report
 
 UNTRAINED_IS_BEST = (
     "no step made the held-out metric better than before training, so there is no export/best; export/model is the last step"
@@ -79,41 +82,143 @@ class SupervisedLoop:
         group: workers of `SupervisedRole`.
         recorder: writes the run folder.
         reporter: shows progress.
+        resume: the checkpoint to go on from; None to begin.
+        stopping: whether the run is asked to end early, with its state saved. The same answer on every rank that runs a loop.
     """
 
-    def __init__(self, stage: Stage, config: BaseModel, group: WorkerGroup, recorder: Recorder, reporter: Reporter) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        config: BaseModel,
+        group: WorkerGroup,
+        recorder: Recorder,
+        reporter: Reporter,
+        resume: Checkpoint | None = None,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
         values: Any = config
         self.stage, self.group, self.recorder, self.reporter = stage, group, recorder, reporter
         self._config = config
         self._training: TrainingSection = values.training
         self._seed, self._budget, self._name = values.run.seed, values.model.microbatch_tokens, values.run.name
         self._packed: bool = values.model.packing
-        self._best: tuple[float, int] | None = None
-        self._evaluations: dict[int, dict[str, float]] = {}
-        self._clock = Clock()
+        self._saver = Saver(values.checkpoint, [group], recorder)
+        self._every, self._budget_of_restarts = values.checkpoint.every, Budget(values.placement.restarts)
+        self._resume, self._stopping, self._recoveries, self._where = resume, stopping, 0, "start"
         self._facts = RowFacts((), (), ())
+        self._fresh()
 
     def run(self) -> dict[str, Any]:
-        """The whole run; returns the summary.
+        """The whole run; returns the summary, or `{"stopped": step}` where it was asked to end early.
 
         Raises:
             UserError: a fault that the user can mend.
         """
-        began = time.perf_counter()
+        self._began = time.perf_counter()
+        while True:
+            try:
+                return self._run()
+            except Lost as lost:
+                self._recover(lost)
+
+    def _run(self) -> dict[str, Any]:
+        """From the beginning, or from a checkpoint. What comes before the first step needs the models as they were loaded."""
         total = self._start()
         extras = self._phase("prepare", self.stage.prepare, 0)
-        if before := self._evaluate(0):
-            self.recorder.metrics(0, before)
+        if self._resume is not None:
+            self._restore(self._resume)
+        else:
+            self.recorder.rewind(-1, 0)
+            if before := self._evaluate(0):
+                self.recorder.metrics(0, before)
         for step, rows in enumerate(self._batches(), 1):
-            with self._clock.phase("train"):
-                metrics = self._train(rows)
-            if step == total or self._due(step):
-                metrics |= self._evaluate(step)
-            self.recorder.metrics(step, metrics | {"epoch": step / self._steps_per_epoch})
-            self.reporter.step(step, total, metrics)
+            if step <= self._done:
+                continue
+            if self._stopping():
+                return self._stop()
+            self._step(step, total, rows)
         self._export("model")  # before the last phase: what it finds wrong must not cost the model
+        self._saver.finish()
         extras |= self._phase("conclude", self.stage.conclude, total)
-        return self._finish(total, time.perf_counter() - began, extras)
+        return self._finish(total, self._wall_seconds(), extras)
+
+    def _step(self, step: int, total: int, rows: tuple[int, ...]) -> None:
+        self._where = f"step {step}, train"
+        with self._clock.phase("train"):
+            metrics = self._train(rows)
+        if step == total or self._due(step):
+            metrics |= self._evaluate(step)
+        self.recorder.metrics(step, metrics | {"epoch": step / self._steps_per_epoch} | self._saver.metrics())
+        self.reporter.step(step, total, metrics)
+        self._done = step
+        self._saver.poll()
+        if self._every and step % self._every == 0 and step < total:
+            self._save()
+
+    def _fresh(self) -> None:
+        self._best: tuple[float, int] | None = None
+        self._evaluations: dict[int, dict[str, float]] = {}
+        self._clock, self._done, self._wall_before = Clock(), 0, 0.0
+
+    def _save(self) -> None:
+        state = {
+            "step": self._done,
+            "best": None if self._best is None else list(self._best),
+            "evaluations": {str(step): metrics for step, metrics in self._evaluations.items()},
+            "metrics_bytes": self.recorder.metrics_position,
+            "seconds": dict(self._clock.seconds),
+            "tokens": self._clock.tokens,
+            "wall_seconds": self._wall_seconds(),
+        }
+        self._saver.begin(self._done, state)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        self._where = "resume"
+        state = checkpoint.state
+        try:
+            self._best = None if state["best"] is None else (float(state["best"][0]), int(state["best"][1]))
+            self._evaluations = {int(step): metrics for step, metrics in state["evaluations"].items()}
+            self._clock = Clock(dict(state["seconds"]), state["tokens"])
+            self._done, self._wall_before = state["step"], state["wall_seconds"]
+            self.recorder.rewind(self._done, state["metrics_bytes"])
+        except (KeyError, TypeError, ValueError) as error:
+            what = f"the checkpoint's state is not that of a supervised stage: {error!r}"
+            raise UserError(what, where=str(checkpoint.folder), fix="use another checkpoint") from None
+        self._saver.load(checkpoint)
+        self.reporter.message(f"resumed after step {self._done} from {checkpoint.folder}")
+
+    def _stop(self) -> dict[str, Any]:
+        self._save()
+        self._saver.finish()
+        self.recorder.close()
+        return {"stopped": self._done}
+
+    def _recover(self, lost: Lost) -> None:
+        """New processes, back to the last committed checkpoint.
+
+        Raises:
+            UserError: too many recoveries without getting further.
+        """
+        while True:
+            if lost.late:
+                text, _ = stuck_report(lost, [self.group], self._where)
+                path = self.recorder.stuck(f"stuck_{self._recoveries}", text)
+                self.reporter.message(f"stuck: what every process is at stands in {path}")
+            self._budget_of_restarts.charge(self._done, lost)
+            self._recoveries += 1
+            self.reporter.message(f"recovering in {self._where}: {lost.what} ({lost.where})")
+            try:
+                self._saver.abandon()
+                rebuild([self.group])
+            except Lost as again:
+                lost = again
+                continue
+            self._resume = self.recorder.newest_checkpoint(self.reporter.message)
+            self._fresh()
+            return
+
+    def _wall_seconds(self) -> float:
+        return self._wall_before + time.perf_counter() - self._began
 
     def _start(self) -> int:
         self.recorder.config(self._config)
@@ -123,7 +228,8 @@ class SupervisedLoop:
             raise _nothing_left(self._facts.train_fates)
         self._steps_per_epoch, total = self._training.steps_per_epoch(rows), self._training.total_steps(rows)
         shown = {"rows": rows, "held-out rows": len(self._facts.eval_lengths), "optimizer steps": total, "ranks": self.group.world_size}
-        self.reporter.started(self._facts.facts | shown | self._facts.fates)
+        if not self._recoveries:
+            self.reporter.started(self._facts.facts | shown | self._facts.fates)
         if self._facts.eval_fates and not self._facts.eval_lengths:
             self.reporter.message(f"nothing will be evaluated: all held-out rows were {in_words(self._facts.eval_fates)}")
         return total

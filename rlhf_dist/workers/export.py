@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_dist.config.errors import writing
 from rlhf_dist.contracts.engine import Engine
 from rlhf_dist.models.saving import save_model, write_adapter
 
@@ -25,20 +26,25 @@ def export_model(engine: Engine, model: Any, tokenizer: PreTrainedTokenizerBase,
         model: the Hugging Face model whose class and config describe them, or a peft wrapper around it.
         tokenizer: saved beside the weights.
         folder: made if needed.
+
+    Raises:
+        UserError: the disk is full, or may not be written to.
     """
     adapted = hasattr(model, "peft_config")
-    weights = _collected(engine, merged=True)
-    trained = _collected(engine, merged=False) if adapted else {}
+    weights = collected(engine, merged=True)
+    trained = collected(engine, merged=False) if adapted else {}
     if engine.rank != 0:
         return
-    save_model(model.get_base_model() if adapted else model, weights, Path(folder))
-    tokenizer.save_pretrained(folder)
-    if adapted:
-        write_adapter(model, trained, Path(folder) / ADAPTER)
-        tokenizer.save_pretrained(str(Path(folder) / ADAPTER))
+    with writing(folder):
+        save_model(model.get_base_model() if adapted else model, weights, Path(folder))
+        tokenizer.save_pretrained(folder)
+        if adapted:
+            write_adapter(model, trained, Path(folder) / ADAPTER)
+            tokenizer.save_pretrained(str(Path(folder) / ADAPTER))
 
 
-def _collected(engine: Engine, *, merged: bool) -> dict[str, Tensor]:
+def collected(engine: Engine, *, merged: bool) -> dict[str, Tensor]:
+    """All weights of an engine on rank 0 (`Engine.export_weights`), nothing on the others. Collective."""
     weights: dict[str, Tensor] = {}
     for bucket in engine.export_weights(merged):
         if engine.rank == 0:

@@ -9,7 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from rlhf_dist.algos.objectives import PolicyObjective
+from rlhf_dist.config.loading import dump_config
 from rlhf_dist.config.ppo import PPOConfig
+from rlhf_dist.contracts.engine import SavedFile
 from rlhf_dist.contracts.experience import ExperienceBatch, Piece, merge_pieces
 from rlhf_dist.contracts.flops import FlopModel
 from rlhf_dist.contracts.group import Stored
@@ -36,20 +38,24 @@ from rlhf_dist.models.flops import forward_flops
 from rlhf_dist.models.loading import load_tokenizer, stop_tokens
 from rlhf_dist.models.logprobs import HeadOptions
 from rlhf_dist.models.policy import PolicyModule
+from rlhf_dist.runs.checkpoints import recorded_files
 from rlhf_dist.runs.rollout_log import write_rollouts
+from rlhf_dist.runs.rollout_state import read_shard, write_shard
+from rlhf_dist.workers.capsules import CapsuleWriter
 from rlhf_dist.workers.estimation import Estimator, on_policy_gaps, token_kl
 from rlhf_dist.workers.export import export_model
 from rlhf_dist.workers.places import place_of
 from rlhf_dist.workers.prompts import Prompts, VersionedSampler
 from rlhf_dist.workers.resting import RestingModel, rest_engine
 from rlhf_dist.workers.sampling import native_sampler
+from rlhf_dist.workers.saving import SavedWorker
 from rlhf_dist.workers.scoring import rows_of_rank, score_rows
 from rlhf_dist.workers.training import Trainer, build_engine, load_policy, optimizer_steps, parameter_counts, prepare_checkpointing, seeded
 from rlhf_dist.workers.weight_source import WeightSource
 from rlhf_dist.workers.weight_sync import copy_weights, trained_weights_of, weights_of
 
 
-class PolicyWorker:
+class PolicyWorker(SavedWorker):
     """One rank of the policy (contracts.roles.PolicyRole and RestingRole).
 
     Where no rollout group samples, this rank does: under ZeRO ≤ 2 with the trainer's own parameters, under ZeRO 3 with a whole copy that
@@ -63,13 +69,13 @@ class PolicyWorker:
         self._tokenizer = load_tokenizer(section.model, trust_remote_code=section.trust_remote_code)
         self._stop_tokens = stop_tokens(section.model, self._tokenizer, trust_remote_code=section.trust_remote_code)
         training = Training(section.optim, optimizer_steps(config, idle=config.value.warmup_steps if config.needs_value else 0))
-        self._engine = build_engine(_module(config), section, rank, training)
+        self._engine = build_engine(policy_module(config), section, rank, training)
         self._prompts = Prompts(config, self._tokenizer)
         self._copy: RestingModel | None = None
         self._sampler = None if config.rollout.ranks else self._own_sampler(config)
         self._weights = WeightSource(self._engine)
-        objective = PolicyObjective(config.algorithm, config.importance_cap)
-        self._trainer = Trainer(self._engine, objective, whitens=config.algorithm.whitens_advantages)
+        objective, capsules = policy_objective(config), CapsuleWriter(self._engine, self._tokenizer, dump_config(config))
+        self._trainer = Trainer(self._engine, objective, whitens=config.algorithm.whitens_advantages, capsules=capsules)
         self._estimator = Estimator(config.algorithm, config.rollout.samples_per_prompt, config.importance_cap)
 
     def describe(self) -> dict[str, Any]:
@@ -172,6 +178,26 @@ class PolicyWorker:
         """The next bucket of an export, for others to fetch."""
         return self._weights.next(bucket_bytes)
 
+    def save_rollouts(self, folder: str, shards: Sequence[ExperienceBatch], infos: Sequence[RolloutInfo]) -> tuple[SavedFile, ...]:
+        """Writes shards whose policy will be gone (rank 0).
+
+        Raises:
+            UserError: a data column cannot be saved.
+        """
+        if self._rank.rank != 0:
+            return ()
+        for number, (shard, info) in enumerate(zip(shards, infos, strict=True)):
+            write_shard(Path(folder), number, shard, info)
+        return recorded_files(Path(folder))
+
+    def load_rollouts(self, folder: str, number: int) -> Stored[ExperienceBatch, RolloutInfo]:
+        """One of the shards of `save_rollouts`.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """
+        return Stored(*read_shard(Path(folder), number))
+
     def write_rollouts(
         self, path: str, shards: Sequence[ExperienceBatch], pieces: Sequence[Sequence[Piece]], details: Sequence[dict[str, Any]]
     ) -> WrittenInfo:
@@ -195,7 +221,17 @@ class PolicyWorker:
         return VersionedSampler(self._prompts, sampler, config, f"policy rank {self._rank.rank}")
 
 
-def _module(config: PPOConfig) -> PolicyModule:
+def policy_objective(config: PPOConfig) -> PolicyObjective:
+    """What the policy is trained on."""
+    return PolicyObjective(config.algorithm, config.importance_cap)
+
+
+def policy_module(config: PPOConfig) -> PolicyModule:
+    """The policy before its first step, with a new adapter where it trains one.
+
+    Raises:
+        UserError: the model cannot be loaded.
+    """
     section, model = config.policy, load_policy(config.policy, config.run.seed)
     options = HeadOptions(config.rollout.temperature, entropy_grad=config.algorithm.entropy_coef > 0)
     return PolicyModule(prepare_checkpointing(model, section), options, packing=section.packing)

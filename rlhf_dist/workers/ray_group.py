@@ -5,23 +5,25 @@ from __future__ import annotations
 import os
 import pickle
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.experimental import get_object_locations
+from ray.util.placement_group import get_placement_group, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.config.operation import PlacementSection
+from rlhf_dist.contracts.group import Late, Lost, RankReport
+from rlhf_dist.workers.heartbeat import Heartbeat
+from rlhf_dist.workers.host import Factory, Host
 from rlhf_dist.workers.interpreter import python_path
 from rlhf_dist.workers.placement import Demand
-from rlhf_dist.workers.wire import pack, split, unpack
-
-Factory = Callable[[Any], Any]
-"""Makes a worker from its `engines.process.Rank`."""
+from rlhf_dist.workers.wire import pack
 
 PASSED_ON = (
     "HF_HUB_OFFLINE",
@@ -34,40 +36,10 @@ PASSED_ON = (
     "GLOO_SOCKET_IFNAME",
 )
 PASSED_ON_PREFIXES = ("VLLM_",)
-
-
-class Host:
-    """The actor: one rank's process, with one worker in it."""
-
-    def __init__(self, folder: str) -> None:
-        if os.path.isdir(folder):
-            os.chdir(folder)  # relative paths mean what they meant to the user
-        self._worker: Any = None
-
-    def address(self) -> tuple[str, int]:
-        """Where the group's ranks can meet, seen from rank 0."""
-        from rlhf_dist.engines.process import free_port
-
-        return str(ray.util.get_node_ip_address()), free_port()
-
-    def start(self, place: tuple[int, int, str, int], factory: Factory, alone: bool) -> None:
-        """Joins the process group, unless its ranks stand alone, and loads the worker. place: rank, world size, address, port."""
-        from rlhf_dist.engines.process import rank_alone, start_process_group
-
-        rank, world_size, address, port = place
-        self._worker = factory(rank_alone(rank, world_size) if alone else start_process_group(rank, world_size, 0, address, port))
-
-    @ray.method(num_returns=2)
-    def invoke(self, method: str, arguments: bytes, *payloads: Any) -> tuple[Any, bytes]:
-        """Calls the worker."""
-        return split(getattr(self._worker, method)(*unpack(arguments, payloads)))
-
-    def stop(self) -> None:
-        """Leaves the process group."""
-        from rlhf_dist.engines.process import stop_process_group
-
-        self._worker = None
-        stop_process_group()
+DIED = "look for the cause in the Ray logs (out of memory is the usual one) and go on with run.resume=auto"
+CENSUS_S = 5.0
+INLINED = 100 * 2**10
+"""Up to so many bytes Ray keeps an object with whoever asked for it."""
 
 
 @dataclass(frozen=True)
@@ -88,48 +60,60 @@ class RayHandle:
 
 
 class RayGroup:
-    """Ranks of one role as actors (contracts.group.WorkerGroup).
+    """Ranks of one role as actors (contracts.group.SupervisedGroup).
 
     Args:
         demand: ranks and resources.
         factory: makes the worker in each actor.
         placement: strategy, deadlines, threads.
+        label: of the run, so that what it reserved can be found when its owner has died (`release`).
     """
 
-    def __init__(self, demand: Demand, factory: Factory, placement: PlacementSection) -> None:
+    def __init__(self, demand: Demand, factory: Factory, placement: PlacementSection, label: str = "") -> None:
         self.name, self.world_size = demand.role, demand.ranks
         self.bytes_sent = self.bytes_received = 0
+        self._demand, self._factory, self._placement = demand, factory, placement
         self._timeout_s = placement.call_timeout_s
         self._closed = False
         self._actors: list[Any] = []
-        self._bundles = placement_group(
-            [{"CPU": demand.cpus} | ({"GPU": demand.gpus} if demand.gpus else {})] * demand.ranks, demand.strategy
-        )
-        if not self._bundles.wait(placement.start_timeout_s):
-            self.close()
-            raise UserError(
-                f"Ray did not place the {demand.ranks} ranks of {demand.role} within {placement.start_timeout_s:g} s",
-                where="placement",
-                fix="other jobs may hold the resources (`ray status`); free them, or raise placement.start_timeout_s",
-            )
-        self._actors = [self._actor(demand, rank, placement.threads_per_rank) for rank in range(demand.ranks)]
-        self._factory, self._start_timeout_s, self._alone = factory, placement.start_timeout_s, demand.alone
         self._starting: list[Any] = []
+        self._heartbeat: Heartbeat | None = None
+        self._bundles = placement_group(
+            [{"CPU": demand.cpus} | ({"GPU": demand.gpus} if demand.gpus else {})] * demand.ranks,
+            demand.strategy,
+            name=_reservation(label, demand.role) if label else "",
+        )
+        self._place()
 
     def begin_start(self) -> None:
         """Tells every rank to load, without waiting, so that groups load side by side."""
-        address, port = get(self._actors[0].address.remote(), self._start_timeout_s, f"{self.name}, start")
+        start_timeout_s = self._placement.start_timeout_s
+        address, port = get(self._actors[0].address.remote(), start_timeout_s, f"{self.name}, start")
         places = [(rank, self.world_size, address, port) for rank in range(self.world_size)]
-        self._starting = [actor.start.remote(place, self._factory, self._alone) for actor, place in zip(self._actors, places, strict=True)]
+        given = (self._factory, self._demand.alone, self._timeout_s)
+        self._starting = [actor.start.remote(place, *given) for actor, place in zip(self._actors, places, strict=True)]
+        self._heartbeat = Heartbeat(self.name, self._actors, self._placement.heartbeat_s, self._placement.heartbeat_timeout_s)
 
     def finish_start(self) -> None:
         """Waits until every rank has loaded its models.
 
         Raises:
             UserError: what a rank raised, or the deadline passed.
+            Lost: a rank died.
         """
         asked = {reference: f"{self.name} rank {rank}, start" for rank, reference in enumerate(self._starting)}
-        wait_all(asked, self._start_timeout_s)
+        with self._explaining([self]):
+            wait_all(asked, self._placement.start_timeout_s)
+
+    def begin_rebuild(self) -> None:
+        """Ends all ranks, and has new ones load their models where there is room.
+
+        Raises:
+            UserError: there is no room.
+        """
+        self._end()
+        self._place()
+        self.begin_start()
 
     def submit(self, method: Callable[..., Any], arguments: Sequence[tuple[Any, ...] | None]) -> list[RayHandle]:
         """Calls a method on every rank that is given arguments; never waits."""
@@ -140,18 +124,90 @@ class RayGroup:
         """The records, in order. The first failure is raised as soon as it is known, even if another rank never answers.
 
         The handles may be those of several groups: a rank that waits for one of another group hides no failure there.
+
+        Raises:
+            Lost: a process died or is late, or what it kept is gone; also where that shows as an error of the ranks that waited for it.
+            UserError: the worker's own.
         """
-        wait_all({handle.record: handle.asked for handle in handles}, self._timeout_s)
-        return [handle.info() for handle in handles]
+        with self._explaining({handle.group.name: handle.group for handle in handles}.values()):
+            wait_all({handle.record: handle.asked for handle in handles}, self._timeout_s)
+            return [handle.info() for handle in handles]
+
+    def alive(self) -> bool:
+        """Whether every rank gives a sign of life, within the heartbeat's timeout."""
+        pulses = [actor.pulse.remote() for actor in self._actors]
+        try:
+            ray.get(pulses, timeout=self._placement.heartbeat_timeout_s)
+        except RayError:
+            return False
+        return True
+
+    def intact(self, handles: Sequence[RayHandle]) -> bool:
+        """Whether what stands behind the handles is there, or still on its way from a living process; never waits for it."""
+        records = [handle.record for handle in handles]
+        done, _ = ray.wait(records, num_returns=len(records), timeout=0) if records else ([], [])
+        try:
+            ray.get(done, timeout=self._timeout_s)
+        except Exception:
+            return False
+        kept = [handle.payload for handle in handles if handle.record in done]
+        return all(_is_kept(place) for place in get_object_locations(kept).values()) if kept else True
+
+    def census(self) -> list[RankReport]:
+        """What every rank is at; one that does not say within five seconds gives no sign of life."""
+        asked = [actor.report.remote(rank) for rank, actor in enumerate(self._actors)]
+        reports = []
+        for rank, reference in enumerate(asked):
+            try:
+                reports.append(ray.get(reference, timeout=CENSUS_S))
+            except RayError as error:
+                reports.append(RankReport(rank, False, type(error).__name__))
+        return reports
+
+    def processes(self) -> list[int]:
+        """The process numbers of the ranks, each on its own machine."""
+        return list(ray.get([actor.pulse.remote() for actor in self._actors], timeout=self._placement.heartbeat_timeout_s))
 
     def close(self) -> None:
         """Ends the actors and gives their resources back."""
         if self._closed:
             return
         self._closed = True
+        self._end()
+        remove_placement_group(self._bundles)
+
+    def _place(self) -> None:
+        timeout_s, demand = self._placement.start_timeout_s, self._demand
+        if not self._bundles.wait(timeout_s):
+            self.close()
+            raise UserError(
+                f"Ray did not place the {demand.ranks} ranks of {demand.role} within {timeout_s:g} s",
+                where="placement",
+                fix="other jobs may hold the resources (`ray status`); free them, or raise placement.start_timeout_s",
+            )
+        self._actors = [self._actor(demand, rank, self._placement.threads_per_rank) for rank in range(demand.ranks)]
+
+    def _end(self) -> None:
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
         for actor in self._actors:
             ray.kill(actor)
-        remove_placement_group(self._bundles)
+        self._actors = []
+
+    @contextmanager
+    def _explaining(self, groups: Iterable[RayGroup]) -> Iterator[None]:
+        """An error is only what others noticed of it where a process of these groups is gone: that is said instead."""
+        try:
+            yield
+        except Lost as lost:
+            reasons = [group._heartbeat.reason for group in groups if group._heartbeat is not None]
+            raise next((Lost(reason, where=lost.where, fix=DIED) for reason in reasons if reason), lost) from None
+        except Exception as error:
+            gone = [group.name for group in groups if not group.alive()]
+            if not gone:
+                raise
+            what = f"a worker process of {', '.join(gone)} is gone; others noticed it: {_first_line(error)}"
+            raise Lost(what, where=", ".join(gone), fix=DIED) from error
 
     def _send(self, rank: int, method: str, arguments: tuple[Any, ...]) -> RayHandle:
         data, references = pack(arguments, lambda value: value.payload if isinstance(value, RayHandle) else None)
@@ -173,7 +229,18 @@ class RayGroup:
         if demand.python:
             variables["PYTHONPATH"] = python_path(variables.get("PYTHONPATH", ""))
             options["runtime_env"]["py_executable"] = shlex.quote(demand.python)
-        return ray.remote(Host).options(**options).remote(os.getcwd())
+        return Host.options(**options).remote(os.getcwd())  # type: ignore[attr-defined]
+
+
+def release(label: str, wanted: Sequence[Demand]) -> None:
+    """Gives back what groups reserved whose owner has died: Ray keeps that until the whole job ends."""
+    for demand in wanted:
+        with suppress(ValueError):  # it was never reserved
+            remove_placement_group(get_placement_group(_reservation(label, demand.role)))
+
+
+def _reservation(label: str, role: str) -> str:
+    return f"{label} {role}"
 
 
 def wait_all(asked: Mapping[Any, str], timeout_s: float) -> None:
@@ -183,7 +250,7 @@ def wait_all(asked: Mapping[Any, str], timeout_s: float) -> None:
         asked: references, and who was asked for what.
 
     Raises:
-        UserError: a failure, or the deadline.
+        UserError: a failure. Lost: a death, or the deadline.
     """
     pending = list(asked)
     while pending:
@@ -198,7 +265,8 @@ def get(reference: Any, timeout_s: float, asked: str) -> Any:
     """A value, or the error behind it in plain words.
 
     Raises:
-        UserError: the worker's own UserError, a dead process, or the deadline.
+        UserError: the worker's own UserError.
+        Lost: a dead process, what it kept is gone with it, or the deadline.
         Exception: any other error of the worker, as it was.
     """
     try:
@@ -209,16 +277,26 @@ def get(reference: Any, timeout_s: float, asked: str) -> Any:
         cause = error.cause
         if isinstance(cause, UserError):
             raise cause from None
+        if isinstance(cause, RayError):  # what it was given came from a process that died
+            raise Lost(f"a worker process died: {_first_line(cause)}", where=asked, fix=DIED) from None
         raise
     except RayActorError as error:
-        fix = "look for the cause in the Ray logs (out of memory is the usual one) and start the run again"
-        raise UserError(f"a worker process died: {str(error).splitlines()[0]}", where=asked, fix=fix) from None
+        raise Lost(f"a worker process died: {_first_line(error)}", where=asked, fix=DIED) from None
     except RayError as error:
-        raise UserError(f"Ray failed: {str(error).splitlines()[0]}", where=asked, fix="see `ray status` and the Ray logs") from None
+        raise Lost(f"Ray failed: {_first_line(error)}", where=asked, fix="see `ray status` and the Ray logs") from None
 
 
-def _late(timeout_s: float, asked: str) -> UserError:
-    return UserError(
+def _is_kept(place: Mapping[str, Any]) -> bool:
+    """Small objects live with whoever asked, and have no place; larger ones on machines, of which one must be left."""
+    return bool(place["node_ids"]) or place["object_size"] is None or place["object_size"] <= INLINED
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _late(timeout_s: float, asked: str) -> Late:
+    return Late(
         f"no answer within {timeout_s:g} s",
         where=asked,
         fix="a rank may hang or be slow: see the Ray logs, or raise placement.call_timeout_s (start_timeout_s while ranks load)",

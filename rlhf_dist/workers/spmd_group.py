@@ -109,6 +109,15 @@ def deliver(value: Any) -> Any:
     return value
 
 
+def any_rank(here: Rank, mine: bool) -> bool:
+    """Whether it is so on any rank; the same answer on all. Collective."""
+    if here.world_size == 1:
+        return mine
+    box: list[Any] = [None] * here.world_size
+    dist.all_gather_object(box, mine)
+    return any(box)
+
+
 def agree(here: Rank, compute: Callable[[], T]) -> T:
     """Computes on rank 0 and sends the answer to all ranks. Collective.
 

@@ -16,6 +16,7 @@ from rlhf_dist.contracts.tally import Tally
 from rlhf_dist.engines.deepspeed import DeepSpeedEngine
 from rlhf_dist.models.flops import flops_of, forward_flops, training_flops
 from rlhf_dist.workers.export import export_model
+from rlhf_dist.workers.saving import SavedWorker
 from rlhf_dist.workers.training import parameter_counts
 
 
@@ -30,7 +31,7 @@ class Rows:
     eval_fates: dict[str, int] = field(default_factory=dict)
 
 
-class SupervisedWorker:
+class SupervisedWorker(SavedWorker):
     """Trains an engine's module on rows by number.
 
     Args:

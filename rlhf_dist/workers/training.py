@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rlhf_dist.algos.whitening import whiten
 from rlhf_dist.config.deepspeed import resolve_deepspeed
 from rlhf_dist.config.engines import EngineSection, PolicySection, TrainedSection
 from rlhf_dist.config.ppo import PPOConfig
-from rlhf_dist.contracts.engine import Engine, Objective
-from rlhf_dist.contracts.experience import ExperienceBatch
+from rlhf_dist.contracts.engine import Engine, Objective, Outputs, StepInfo
+from rlhf_dist.contracts.experience import ExperienceBatch, SequenceBatch
 from rlhf_dist.contracts.moments import Moments
-from rlhf_dist.contracts.roles import UpdateInfo, UpdateRequest
+from rlhf_dist.contracts.roles import Fault, UpdateInfo, UpdateRequest
+from rlhf_dist.contracts.tally import Tally
 from rlhf_dist.engines.deepspeed import DeepSpeedEngine, Training
 from rlhf_dist.engines.process import Rank
 from rlhf_dist.models.flops import flops_of, training_flops, whole_size
 from rlhf_dist.models.loading import load_causal_lm
 from rlhf_dist.models.lora import add_adapter
 from rlhf_dist.models.policy import PolicyModule
+from rlhf_dist.runs.capsule import Facts, Part
+from rlhf_dist.workers.capsules import CapsuleWriter
 
 
 class Trainer:
@@ -32,11 +38,15 @@ class Trainer:
         objective: its loss.
         whitens: whether advantages are whitened with the merged moments.
         name: of the role, in metrics.
+        capsules: writes skipped steps down; None where none are.
     """
 
-    def __init__(self, engine: Engine, objective: Objective, *, whitens: bool, name: str = "policy") -> None:
+    def __init__(
+        self, engine: Engine, objective: Objective, *, whitens: bool, name: str = "policy", capsules: CapsuleWriter | None = None
+    ) -> None:
         self._engine, self._objective, self._whitens, self._name = engine, objective, whitens, name
         self._costs = training_flops(engine.module)
+        self._capsules, self._written = capsules, 0
         self._experience: ExperienceBatch | None = None
 
     def load(self, shards: Sequence[ExperienceBatch], advantages: Moments) -> int:
@@ -45,7 +55,7 @@ class Trainer:
         if self._whitens:
             assert batch.advantages_BT is not None
             batch = batch.replace(advantages_BT=whiten(batch.advantages_BT, batch.response_mask_BT, advantages))
-        self._experience = batch
+        self._experience, self._written = batch, 0
         return len(batch)
 
     def update(self, request: UpdateRequest) -> UpdateInfo:
@@ -56,12 +66,49 @@ class Trainer:
         assert self._experience is not None, "load the experience first"
         began = time.perf_counter()
         microbatches = [self._experience.select(rows) for rows in request.microbatches if rows]
-        tally = self._engine.forward_backward(microbatches, self._objective, request.denominator)
+        losses: list[float] = []
+        tally = self._engine.forward_backward(microbatches, _recording(self._objective, losses), request.denominator)
         step = self._engine.optimizer_step()
+        unsound = self._engine.unsound_weights()
         seconds = time.perf_counter() - began
         if microbatches:
             tally.add(f"perf/{self._name}_update_tflops", flops_of(self._costs, microbatches) / 1e12, seconds)
-        return UpdateInfo(tally, step, seconds)
+        fault = self._fault(step, losses)
+        capsule = self._write_down(request, fault, step, losses) if fault and not self._engine.any_rank(bool(unsound)) else ""
+        return UpdateInfo(tally, step, seconds, fault, capsule, unsound)
+
+    def _fault(self, step: StepInfo, losses: Sequence[float]) -> Fault:
+        """What was not finite, on any rank. Collective where the step was skipped, which all ranks know."""
+        if not step.skipped:
+            return ""
+        if self._engine.any_rank(not all(math.isfinite(loss) for loss in losses)):
+            return "loss"
+        return "" if step.overflow else "gradient"
+
+    def _write_down(self, request: UpdateRequest, fault: Fault, step: StepInfo, losses: Sequence[float]) -> str:
+        if self._capsules is None or not request.capsule or self._written >= request.capsules:
+            return ""
+        self._written += 1
+        assert self._experience is not None
+        rows = [row for microbatch in request.microbatches for row in microbatch]
+        places, start = [], 0
+        for microbatch in request.microbatches:
+            if microbatch:
+                places.append(tuple(range(start, start + len(microbatch))))
+            start += len(microbatch)
+        facts = Facts(self._name, fault, request.denominator, step.grad_norm, step.lr)
+        return self._capsules.write(Path(request.capsule), facts, Part(tuple(places), tuple(losses)), self._experience.select(rows))
+
+
+def _recording(objective: Objective, losses: list[float]) -> Objective:
+    """The same objective; each loss is also put into a list."""
+
+    def recorded(outputs: Outputs, microbatch: SequenceBatch) -> tuple[Tensor, Tally]:
+        loss, tally = objective(outputs, microbatch)
+        losses.append(float(loss.detach()))
+        return loss, tally
+
+    return recorded
 
 
 def build_engine(module: Any, section: EngineSection, rank: Rank, training: Training | None = None) -> DeepSpeedEngine:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rlhf_dist.algos.objectives import ValueObjective
+from rlhf_dist.config.loading import dump_config
 from rlhf_dist.config.ppo import PPOConfig
 from rlhf_dist.contracts.experience import ExperienceBatch, Piece
 from rlhf_dist.contracts.flops import FlopModel
@@ -17,27 +18,25 @@ from rlhf_dist.models.flops import forward_flops
 from rlhf_dist.models.loading import load_token_scorer, load_tokenizer
 from rlhf_dist.models.lora import add_adapter
 from rlhf_dist.models.value import ValueModule
+from rlhf_dist.workers.capsules import CapsuleWriter
 from rlhf_dist.workers.export import export_model
 from rlhf_dist.workers.resting import rest_engine
+from rlhf_dist.workers.saving import SavedWorker
 from rlhf_dist.workers.scoring import score_rows
 from rlhf_dist.workers.training import Trainer, build_engine, optimizer_steps, prepare_checkpointing, seeded
 
 
-class ValueWorker:
+class ValueWorker(SavedWorker):
     """One rank of the value model (contracts.roles.ScoringRole, TrainedRole and RestingRole)."""
 
     def __init__(self, config: PPOConfig, rank: Rank) -> None:
         seeded(config.run.seed)
         section = config.value
-        path = section.model or config.policy.model
-        model = load_token_scorer(section, path, zero_head=section.head_init == "zero")
-        if section.lora is not None:
-            model = add_adapter(model, section.lora, config.run.seed, head="score")
         self._budget = (section.microbatch_tokens, section.packing)
-        self._tokenizer = load_tokenizer(path, trust_remote_code=section.trust_remote_code)
-        module = ValueModule(prepare_checkpointing(model, section), packing=section.packing)
-        self._engine = build_engine(module, section, rank, Training(section.optim, optimizer_steps(config)))
-        self._trainer = Trainer(self._engine, ValueObjective(config.algorithm), whitens=False, name="value")
+        self._tokenizer = load_tokenizer(section.model or config.policy.model, trust_remote_code=section.trust_remote_code)
+        self._engine = build_engine(value_module(config), section, rank, Training(section.optim, optimizer_steps(config)))
+        capsules = CapsuleWriter(self._engine, self._tokenizer, dump_config(config))
+        self._trainer = Trainer(self._engine, ValueObjective(config.algorithm), whitens=False, name="value", capsules=capsules)
 
     def costs(self) -> FlopModel:
         """What a forward of the value model costs."""
@@ -63,3 +62,16 @@ class ValueWorker:
     def export(self, folder: str) -> None:
         """Writes the value model as a Hugging Face sequence-classification folder."""
         export_model(self._engine, self._engine.module.model, self._tokenizer, folder)
+
+
+def value_module(config: PPOConfig) -> ValueModule:
+    """The value model before its first step, with a new adapter where it trains one.
+
+    Raises:
+        UserError: the model cannot be loaded.
+    """
+    section = config.value
+    model = load_token_scorer(section, section.model or config.policy.model, zero_head=section.head_init == "zero")
+    if section.lora is not None:
+        model = add_adapter(model, section.lora, config.run.seed, head="score")
+    return ValueModule(prepare_checkpointing(model, section), packing=section.packing)

@@ -211,3 +211,20 @@ def test_an_adapter_made_for_another_base_model_is_found_before_a_process_starts
     ) as caught:
         check(ppo_values, policy={"model": str(tmp_path)})
     assert caught.value.where.startswith("policy: ")
+
+
+def test_an_endpoint_is_asked_before_training_and_its_token_must_be_there(
+    ppo_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = {"name": "h", "kind": "http", "url": "http://127.0.0.1:9/score", "on_failure": "raise", "retries": 0}
+    with pytest.raises(UserError, match="reward 'h' could not be asked: ConnectError"):
+        check(ppo_values, reward={"sources": [source]})
+    monkeypatch.delenv("NO_SUCH_TOKEN", raising=False)
+    with pytest.raises(UserError, match="the environment variable NO_SUCH_TOKEN is not set"):
+        check(ppo_values, reward={"sources": [source | {"auth_env": "NO_SUCH_TOKEN"}]})
+
+
+def test_a_reward_that_may_outlast_the_runs_patience_is_refused(ppo_values: dict[str, Any], reward_file: Path) -> None:
+    source = {"name": "even", "kind": "function", "path": f"{reward_file}:even", "timeout_s": 30.0, "on_failure": "retry", "retries": 3}
+    with pytest.raises(UserError, match=r"reward 'even' may take 123\.5 s.*silent for 100 s"):
+        check(ppo_values, reward={"sources": [source]}, placement={"call_timeout_s": 100.0})

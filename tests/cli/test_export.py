@@ -69,14 +69,15 @@ def test_an_adapter_is_merged_and_loads_with_transformers(task: str, tiny_model:
 def test_a_checkpoint_is_put_together(tiny_model: Path, tmp_path: Path, plain_rank: Any, capsys: Any) -> None:
     model = load_causal_lm(EngineSection(), str(tiny_model))
     engine = DeepSpeedEngine(PolicyModule(model), ZERO2, plain_rank, Training(OptimSection(), 1))
-    engine.save(tmp_path / "run" / "policy")
+    engine.begin_save(tmp_path / "run" / "policy")
+    engine.saved(wait=True)
     main(["export", str(tmp_path / "run" / "policy"), "--out", str(tmp_path / "out")])
     assert "checkpoint put together: " in capsys.readouterr().out
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(logits(loaded), logits(AutoModelForCausalLM.from_pretrained(tiny_model)))
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 64
     said = refused(capsys, str(tmp_path / "run"), "--out", str(tmp_path / "other"))
-    assert "neither a PEFT adapter nor a DeepSpeed checkpoint" in said and "subfolders: policy" in said
+    assert "neither a PEFT adapter nor an engine's" in said and "subfolders: policy" in said
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,9 @@ def test_a_value_models_checkpoint_keeps_its_tokenizer(pad_is_eos: Any, plain_ra
     """It was trained with no pad of its own, so none is added."""
     base = pad_is_eos()
     module = ValueModule(load_token_scorer(EngineSection(), str(base), zero_head=True))
-    DeepSpeedEngine(module, ZERO2, plain_rank, Training(OptimSection(), 1)).save(tmp_path / "value")
+    engine = DeepSpeedEngine(module, ZERO2, plain_rank, Training(OptimSection(), 1))
+    engine.begin_save(tmp_path / "value")
+    engine.saved(wait=True)
     main(["export", str(tmp_path / "value"), "--out", str(tmp_path / "out")])
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 64
     assert AutoConfig.from_pretrained(tmp_path / "out").pad_token_id == 2

@@ -45,7 +45,7 @@ def test_groups_that_share_devices_by_turns_load_by_turns(
     seen: list[str] = []
 
     class Group:
-        def __init__(self, demand: Any, factory: Any, placement: Any) -> None:
+        def __init__(self, demand: Any, factory: Any, placement: Any, label: str) -> None:
             pass
 
         def begin_start(self) -> None:

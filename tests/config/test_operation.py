@@ -10,7 +10,7 @@ def test_defaults():
     assert PlacementSection().launcher == "ray" and PlacementSection().threads_per_rank == 1
     assert PPOPlacementSection().offload == "none"
     assert EvaluationSection().samples_per_prompt == 1 and EvaluationSection().max_prompts is None
-    assert CheckpointSection().every == 0
+    assert CheckpointSection().every == 10 and CheckpointSection().asynchronous
 
 
 @pytest.mark.parametrize(

@@ -46,3 +46,80 @@ def test_a_wrong_source_is_refused(source):
 def test_a_run_without_rewards_is_refused():
     with pytest.raises(ValidationError, match="sources"):
         RewardSection.model_validate({"sources": []})
+
+
+HTTP = {"kind": "http", "name": "judge", "url": "https://judge.example/score"}
+
+
+def test_functions_stop_the_run_and_endpoints_are_asked_again_by_default():
+    function, http = RewardSection.model_validate({"sources": [FUNCTION, HTTP]}).sources
+    assert (function.on_failure, function.retries, function.timeout_s, function.default) == ("raise", 0, 60.0, None)
+    assert (http.on_failure, http.retries, http.timeout_s) == ("retry", 3, 60.0)
+    assert not function.counts_failures and not http.counts_failures
+
+
+@pytest.mark.parametrize("source", [FUNCTION, HTTP | {"retries": 0}])
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"on_failure": "raise"},
+        {"on_failure": "retry", "retries": 2},
+        {"on_failure": "drop_group"},
+        {"on_failure": "drop_group", "retries": 1},
+        {"on_failure": "default", "default": 0.0},
+        {"on_failure": "default", "default": -1.0, "retries": 1},
+    ],
+)
+def test_rules_for_failures_come_back_as_they_were_written(source, rules):
+    section = RewardSection.model_validate({"sources": [source | rules]})
+    assert RewardSection.model_validate(section.model_dump()) == section
+    assert section.sources[0].counts_failures == (rules["on_failure"] in ("drop_group", "default"))
+
+
+@pytest.mark.parametrize(
+    "rules, said",
+    [
+        ({"retries": 2}, "retries=2 does nothing with on_failure=raise"),
+        ({"on_failure": "retry"}, "says nothing without retries"),
+        ({"on_failure": "default"}, "needs a value"),
+        ({"default": 0.0}, "default=0.0 does nothing with on_failure=raise"),
+        ({"on_failure": "drop_group", "default": 1.0}, "does nothing with on_failure=drop_group"),
+        ({"on_failure": "default", "default": float("nan")}, "finite"),
+        ({"on_failure": "skip"}, "'raise', 'retry', 'drop_group' or 'default'"),
+        ({"timeout_s": 0}, "greater than 0"),
+        ({"start_timeout_s": -1}, "greater than 0"),
+        ({"retries": -1, "on_failure": "drop_group"}, "greater than or equal to 0"),
+    ],
+)
+def test_a_rule_that_does_nothing_or_lacks_something_is_refused(rules, said):
+    with pytest.raises(ValidationError, match=said):
+        RewardSection.model_validate({"sources": [FUNCTION | rules]})
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"url": "ftp://judge.example/"}, "must begin with http"),
+        ({"url": "judge.example/score"}, "must begin with http"),
+        ({"url": "https://"}, "name a host"),
+        ({"url": "https://me:pw@judge.example/"}, "user name or password"),
+        ({"url": "https://judge.example/#here"}, "fragment"),
+        ({"auth_env": "Bearer abc"}, "match pattern"),
+        ({"batch_size": 0}, "greater than or equal to 1"),
+        ({"concurrency": 0}, "greater than or equal to 1"),
+        ({"on_failure": "raise"}, "retries=3 does nothing with on_failure=raise"),
+        ({"path": "m:f"}, "path"),
+    ],
+)
+def test_a_wrong_endpoint_is_refused(change, said):
+    with pytest.raises(ValidationError, match=said):
+        RewardSection.model_validate({"sources": [HTTP | change]})
+
+
+def test_a_password_in_a_url_stands_in_no_message(tmp_path):
+    from rlhf_dist.config.errors import UserError
+    from rlhf_dist.config.loading import load_config
+
+    with pytest.raises(UserError) as caught:
+        load_config(RewardSection, None, ["sources=[{kind: http, name: j, url: 'https://me:hunter2@judge.example/'}]"])
+    assert "hunter2" not in str(caught.value) and "auth_env" in str(caught.value)

@@ -1,14 +1,16 @@
 """The engine contract, told by the smallest engine that keeps it: one linear layer on one rank."""
 
 import dataclasses
+import hashlib
 import inspect
 import pickle
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from rlhf_dist.contracts.engine import Engine, Objective, StepInfo
+from rlhf_dist.contracts.engine import Engine, Objective, SavedFile, StepInfo
 from rlhf_dist.contracts.experience import SequenceBatch
 from rlhf_dist.contracts.tally import Tally
 
@@ -47,14 +49,25 @@ class ScaleEngine:
         self.w.grad = None
         return StepInfo(grad_norm=norm, lr=0.1)
 
+    def unsound_weights(self):
+        return "" if bool(self.w.isfinite()) else "w"
+
+    def any_rank(self, mine):
+        return mine
+
     def export_weights(self, merged: bool = True, bucket_bytes: int = 2**20):
         yield {"w": self.w.data.clone()}
 
-    def save(self, folder):
-        torch.save(self.w.data, folder / "w.pt")
+    def begin_save(self, folder):
+        save_file({"w": self.w.data.clone()}, folder / "w.safetensors")
+        content = (folder / "w.safetensors").read_bytes()
+        self.files = (SavedFile("w.safetensors", len(content), hashlib.sha256(content).hexdigest()),)
+
+    def saved(self, wait):
+        return self.files
 
     def load(self, folder):
-        self.w.data = torch.load(folder / "w.pt")
+        self.w.data = load_file(folder / "w.safetensors")["w"]
 
     def _outputs(self, microbatch):
         return {"values_BT": self.w * microbatch.response_tokens_BT.float()}
@@ -72,8 +85,9 @@ def methods(protocol):
     return {name: member for name, member in vars(protocol).items() if inspect.isfunction(member) and not name.startswith("_")}
 
 
-def test_the_contract_is_the_five_verbs():
-    assert set(methods(Engine)) == {"forward", "forward_backward", "optimizer_step", "export_weights", "save", "load"}
+def test_the_contract_is_its_verbs():
+    verbs = {"forward", "forward_backward", "optimizer_step", "unsound_weights", "export_weights", "begin_save", "saved", "load", "any_rank"}
+    assert set(methods(Engine)) == verbs
 
 
 def test_the_engine_of_this_file_keeps_the_contract():
@@ -95,14 +109,16 @@ def test_a_global_denominator_makes_the_cut_invisible(cut):
 def test_what_is_saved_loads_again(tmp_path: Path):
     engine, twin = ScaleEngine(), ScaleEngine()
     engine.w.data.fill_(3.0)
-    engine.save(tmp_path)
+    engine.begin_save(tmp_path)
+    (file,) = engine.saved(wait=True)
+    assert (tmp_path / file.name).stat().st_size == file.bytes and len(file.sha256) == 64
     twin.load(tmp_path)
     assert next(twin.export_weights())["w"] == 3.0
     assert twin.forward([batch([2])])[0]["values_BT"].tolist() == [[6.0]]
 
 
 def test_a_step_report_is_frozen_and_travels():
-    info = StepInfo(grad_norm=1.0, lr=1e-6, skipped=True)
-    assert pickle.loads(pickle.dumps(info)) == info
+    info, file = StepInfo(grad_norm=1.0, lr=1e-6, skipped=True), SavedFile("a", 1, "00")
+    assert pickle.loads(pickle.dumps((info, file))) == (info, file)
     with pytest.raises(dataclasses.FrozenInstanceError):
         info.lr = 0.0  # type: ignore[misc]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rlhf_dist.config.errors import UserError
-from rlhf_dist.contracts.reward import RewardRequest, RewardResult, checked_result
+from rlhf_dist.contracts.reward import Attempt, RewardFailure, RewardRequest, RewardResult, checked_attempt, checked_result
 
 
 @pytest.mark.parametrize(
@@ -68,3 +68,29 @@ def test_a_request_counts_its_rows_and_is_frozen():
     assert len(request) == 2 and RewardRequest([], []).columns == {}
     with pytest.raises(dataclasses.FrozenInstanceError):
         request.prompts = []  # type: ignore[misc]
+
+
+def test_rows_that_are_no_score_fail_alone_and_a_wrong_shape_fails_the_call():
+    attempt = checked_attempt("r", [1.0, math.nan, None, "x"], 4, "here")
+    assert attempt.values == (1.0, None, None, None) and sorted(attempt.failures) == [1, 3]
+    assert {(f.kind, f.of_call, f.rows) for f in attempt.failures.values()} == {("value", False, 4)}
+    whole = checked_attempt("r", [1.0], 4, "here")
+    assert whole.values == (None,) * 4 and sorted(whole.failures) == [0, 1, 2, 3]
+    assert {(f.kind, f.of_call) for f in whole.failures.values()} == {("shape", True)}
+
+
+def test_a_number_beyond_all_floats_and_a_long_text_are_failures_of_bounded_length():
+    attempt = checked_attempt("r", [10**400, "x" * 10**6], 2, "here")
+    assert sorted(attempt.failures) == [0, 1] and all(len(failure.what) < 400 for failure in attempt.failures.values())
+
+
+def test_a_failed_call_counts_its_timeout():
+    assert Attempt.failed(2, RewardFailure("timeout", "late")).timeouts == 1
+    assert Attempt.failed(2, RewardFailure("death", "gone")).timeouts == 0
+    error = RewardFailure("http", "what", "where", "fix").error()
+    assert (error.what, error.where, error.fix) == ("what", "where", "fix")
+
+
+def test_a_part_of_a_request_keeps_its_columns():
+    part = RewardRequest(("a", "b", "c"), ("d", "e", "f"), {"answer": (1, 2, 3)}).select([2, 0])
+    assert part == RewardRequest(["c", "a"], ["f", "d"], {"answer": [3, 1]})

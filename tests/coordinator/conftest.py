@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -74,3 +78,17 @@ def sampled_shard() -> Callable[..., Shard]:
         return Shard(LocalHandle("rollouts", info), info=info)
 
     return shard
+
+
+@pytest.fixture(scope="session")
+def fakes() -> SimpleNamespace:
+    """All of `fake_groups` and `fake_workers` beside this file: made-up ranks on a virtual clock."""
+    names: dict[str, Any] = {}
+    for name in ("fake_groups", "fake_workers"):
+        if name not in sys.modules:
+            spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+            assert spec is not None and spec.loader is not None
+            sys.modules[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[name])
+        names |= vars(sys.modules[name])
+    return SimpleNamespace(**names)

@@ -130,7 +130,10 @@ class Fake:
         with self.used("score"):
             return Stored(None, PieceInfo((), 0.0))
 
-    def judge(self, shard: Any) -> ScoreInfo:
+    def quarantine_to(self, path: str) -> None:
+        pass
+
+    def judge(self, shard: Any, stream: str, step: int) -> ScoreInfo:
         with self.used("judge"):
             return ScoreInfo(tuple(range(len(shard))), (RewardResult("even", (0.5,) * len(shard)),), 0.0)
 

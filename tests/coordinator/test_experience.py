@@ -46,7 +46,7 @@ def scored(sampled_shard: Callable[..., Shard], sizes: Sequence[int], dropped: S
     rows = sum(sizes)
     shards = [sampled_shard([4] * size) for size in sizes]
     for number, shard in enumerate(shards):
-        shard.pieces = [f"piece {number}"]  # type: ignore[list-item]
+        shard.asked["policy"] = [f"piece {number}"]  # type: ignore[list-item]
     scores = tuple(float(row) for row in range(rows))
     return shards, Judged(scores, tuple(row not in dropped for row in range(rows)), {"r": scores}, Tally())
 

@@ -40,7 +40,7 @@ class Policy:
 class Reward:
     """Abstains on prompt 1."""
 
-    def judge(self, shard: list[int]) -> ScoreInfo:
+    def judge(self, shard: list[int], stream: str, step: int) -> ScoreInfo:
         return ScoreInfo(tuple(range(len(shard))), (RewardResult("r", tuple(None if row == 1 else 10.0 * row for row in shard)),), 0.0)
 
 
@@ -111,7 +111,7 @@ def test_an_abstention_takes_its_own_sample_away_and_no_other(local_group: Any) 
     """Held-out samples of a prompt are not compared with each other: the rest of them still counts."""
 
     class Choosy:
-        def judge(self, shard: list[int]) -> ScoreInfo:
+        def judge(self, shard: list[int], stream: str, step: int) -> ScoreInfo:
             scores = tuple(None if row % 2 else 10.0 * prompt for row, prompt in enumerate(shard))
             return ScoreInfo(tuple(range(len(shard))), (RewardResult("r", scores),), 0.0)
 

@@ -12,7 +12,7 @@ from rlhf_dist.contracts.experience import StopReason
 from rlhf_dist.contracts.reward import RewardResult
 from rlhf_dist.contracts.roles import ScoreInfo
 from rlhf_dist.contracts.tally import Tally
-from rlhf_dist.coordinator.judging import judge, raw_rewards
+from rlhf_dist.coordinator.judging import faults_of, judge, raw_rewards
 from rlhf_dist.coordinator.shards import Shard
 from rlhf_dist.rewards.mixture import RewardMixer
 
@@ -94,3 +94,43 @@ def test_nothing_left_to_train_on_stops_the_run(sampled_shard: Callable[..., Sha
     shard = judged_by(sampled_shard([3] * 2), 1, a=[None, None], b=[None, None])
     with pytest.raises(UserError, match="all 2 samples were dropped"):
         judge(RewardMixer(RewardSection.model_validate(SECTION), 9), [shard], 1, update=True)
+
+
+def test_failures_of_all_ranks_and_shards_meet_by_row(sampled_shard: Callable[..., Shard]) -> None:
+    """Two shards of four rows on two ranks; b fails on rows 1 and 6 of all, a gets its default on row 4."""
+    section = {
+        "sources": [SECTION["sources"][0] | {"on_failure": "default", "default": 9.0}, SECTION["sources"][1] | {"on_failure": "drop_group"}]
+    }
+    shards = [sampled_shard([3] * 4), sampled_shard([3] * 4)]
+    for number, shard in enumerate(shards):
+        for rank in (1, 0):
+            rows = (rank, rank + 2)
+            failed = (0,) if (number, rank) == (0, 1) else (1,) if (number, rank) == (1, 0) else ()
+            b = RewardResult("b", tuple(None if p in failed else 2.0 for p in (0, 1)), failed=failed, retried=1, timeouts=rank)
+            defaulted = (0,) if (number, rank) == (1, 0) else ()
+            a = RewardResult("a", tuple(9.0 if p in defaulted else 1.0 for p in (0, 1)), defaulted=defaulted)
+            shard.scores.append(ScoreInfo(rows, (a, b), 0.0))
+    faults = faults_of(shards)
+    assert faults.failed == {"a": set(), "b": {1, 6}} and faults.defaulted == {"a": {4}, "b": set()}
+    assert faults.retried["b"] == 4 and faults.timeouts["b"] == 2
+    judged = judge(RewardMixer(RewardSection.model_validate(section), 9), shards, 2, update=True)
+    assert judged.keep == (False, False, True, True, True, True, False, False) and judged.dropped_by_failure == 4
+    assert judged.genuine["a"] == (1.0,) * 4 + (None,) + (1.0,) * 3 and judged.raw["a"][4] == 9.0
+    second = judged.of(shards, 1).details()
+    assert second["fate/a"] == ["defaulted", "judged", "judged", "judged"] and second["fate/b"] == ["judged", "judged", "failed", "judged"]
+    assert second["reward/b"] == [2.0, 2.0, None, 2.0] and second["score"][2:] == [None, None]
+    means = judged.tally.means()
+    assert (means["rewards/b_failed"], means["rewards/a_defaulted"], means["rewards/b_timeouts"], means["rewards/dropped_failed"]) == (
+        2,
+        1,
+        2,
+        4,
+    )
+
+
+def test_rewards_that_stop_the_run_have_no_fate(sampled_shard: Callable[..., Shard]) -> None:
+    judged = judge(
+        RewardMixer(RewardSection.model_validate(SECTION), 9),
+        [judged_by(sampled_shard([3]), 1, a=[1.0], b=[None])], 1, update=True,
+    )  # fmt: skip
+    assert judged.fates == {} and judged.genuine == judged.raw and not any(name.startswith("fate/") for name in judged.details())

@@ -14,6 +14,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from rlhf_dist.cli.main import main
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.config.loading import dump_config, load_config
 from rlhf_dist.config.ppo import PPOConfig
@@ -178,18 +179,19 @@ def test_evaluations_are_paired(base: Path) -> None:
     assert all(abs(row["kl"]) <= 1e-4 for row in samples(base, 0, "evaluation"))
 
 
-def test_checkpoints_hold_loadable_models_and_the_state(base: Path) -> None:
+def test_checkpoints_hold_the_state_and_become_loadable_models(base: Path, tmp_path: Path) -> None:
+    """After the last step nothing is left to go on with: the export is there."""
     kept = CheckpointStore(base / "checkpoints").all()
-    assert [checkpoint.step for checkpoint in kept] == [2, 3]
+    assert [checkpoint.step for checkpoint in kept] == [1, 2]
     state = RunState.from_dict(kept[-1].state)
-    assert (state.step, state.policy_version, state.prompt_cursor, state.optimizer_steps) == (3, 3, 24, 12)
-    assert state.best_step in (0, 2, 3)
-    last = kept[-1].folder
-    assert moved(weights(kept[0].folder / "policy"), weights(last / "policy"))
-    assert not moved(weights(last / "policy"), weights(base / "export" / "policy"))
-    assert not moved(
-        weights(last / "value", AutoModelForSequenceClassification), weights(base / "export" / "value", AutoModelForSequenceClassification)
-    )
+    assert (state.step, state.policy_version, state.prompt_cursor, state.optimizer_steps) == (2, 2, 16, 8)
+    assert state.best_step in (0, 2) and state.weights and state.kl is not None
+    for checkpoint in kept:
+        checkpoint.verify()
+        assert (checkpoint.folder / "config.yaml").read_text() == (base / "config.yaml").read_text()
+        main(["export", str(checkpoint.folder / "policy"), "--out", str(tmp_path / str(checkpoint.step))])
+    assert moved(weights(tmp_path / "1"), weights(tmp_path / "2"))
+    assert moved(weights(tmp_path / "2"), weights(base / "export" / "policy"))
 
 
 def test_the_export_loads_with_no_help_and_has_learnt(base: Path, tiny_model: Path) -> None:
@@ -313,7 +315,7 @@ def test_normalised_rewards_leave_the_raw_ones_and_the_held_out_yardstick(
     raw = [row["reward/even"] for row in samples(root, 1)]
     mean, deviation = sum(raw) / 16, statistics.stdev(raw)
     assert [row["score"] for row in samples(root, 1)] == pytest.approx([(x - mean) / deviation for x in raw])
-    assert CheckpointStore(root / "checkpoints").all()[-1].state["reward_mixer"]["even"]["count"] == 32  # training samples alone
+    assert CheckpointStore(root / "checkpoints").all()[-1].state["reward_mixer"]["even"]["count"] == 16  # training samples alone
     before = [row["reward/even"] for row in samples(root, 0, "evaluation")]
     after = samples(root, 2, "evaluation")
     mean, deviation = sum(before) / len(before), statistics.stdev(before)
@@ -413,14 +415,16 @@ def test_a_far_step_ends_the_update(run: Callable[..., Path]) -> None:
     assert summary_of(root)["optimizer_steps"] == 4  # two of four in each step
 
 
-def test_the_value_model_warms_up_alone(run: Callable[..., Path], tiny_model: Path) -> None:
+def test_the_value_model_warms_up_alone(run: Callable[..., Path], tiny_model: Path, tmp_path: Path) -> None:
     root = run(value={"warmup_steps": 1, "optim": {"lr": 1e-2}}, checkpoint={"every": 1})
     first, second = numbers(root)[1:]
     assert "lr/policy" not in first and "lr/policy" in second
     assert (first["policy/version"], second["policy/version"]) == (1, 2), "a version is a step, whether the policy moved in it or not"
     after_one = root / "checkpoints" / "step_000001"
-    assert not moved(weights(tiny_model), weights(after_one / "policy"))
-    assert weights(after_one / "value", AutoModelForSequenceClassification)["score.weight"].abs().sum() > 0
+    for role in ("policy", "value"):
+        main(["export", str(after_one / role), "--out", str(tmp_path / role)])
+    assert not moved(weights(tiny_model), weights(tmp_path / "policy"))
+    assert weights(tmp_path / "value", AutoModelForSequenceClassification)["score.weight"].abs().sum() > 0
     assert moved(weights(tiny_model), weights(root / "export" / "policy"))
     assert {row["policy_version"] for row in samples(root, 2)} == {1}
 
@@ -569,12 +573,15 @@ class Broken:
     def describe(self) -> Values:
         return {"held_out_prompts": 0}
 
+    def quarantine_to(self, path: str) -> None:
+        pass
+
     def sync_weights(self, version: int) -> SyncInfo:
         return SyncInfo(17 + self.rank)
 
 
 def test_ranks_that_drift_apart_stop_the_run(local_group: Any, ppo_values: Values) -> None:
-    groups = Groups(local_group("policy", [Broken(0), Broken(1)]), local_group("reward", [None]))
+    groups = Groups(local_group("policy", [Broken(0), Broken(1)]), local_group("reward", [Broken(0)]))
     reporter = BufferedReporter()
     with pytest.raises(UserError, match=r"ranks hold different weights \(checksums \[17, 18\]\)"):
         PPOCoordinator(PPOConfig.model_validate(ppo_values), groups, Recorder(None), reporter).run()

@@ -17,6 +17,7 @@ from rlhf_dist.contracts.roles import PolicyRole
 from rlhf_dist.coordinator.preflight import check_first_minibatch, check_gaps, preflight, reference_is_policy
 from rlhf_dist.coordinator.shards import Groups
 from rlhf_dist.engines.process import free_port, start_process_group, stop_process_group
+from rlhf_dist.rewards.sources import guarded
 
 FP32 = {"ratio/mean": 1e-6, "ratio/max": 2e-5, "sampler/mean": 1e-6, "sampler/max": 1e-5, "reference/mean": 0.0, "reference/max": 0.0}
 
@@ -86,13 +87,30 @@ def test_dropout_is_named(config: PPOConfig, groups: Groups, monkeypatch: pytest
     assert "dropout is on" in error.value.fix
 
 
-def test_a_reward_may_abstain_on_the_probes_but_not_fail(config: PPOConfig, groups: Groups, monkeypatch: pytest.MonkeyPatch) -> None:
-    reward = groups.reward._worker._rewards[0]  # type: ignore[attr-defined]
-    monkeypatch.setattr(reward, "_function", lambda prompts, completions, **columns: [None for _ in completions])
+def test_a_reward_may_abstain_on_the_probes_but_not_fail(
+    config: PPOConfig, groups: Groups, reward_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("abstains", "nan"):
+        rules = type(config.reward.sources[0])(kind="function", name="even", path=f"{reward_file}:{name}")
+        reward = guarded(rules)  # type: ignore[arg-type]
+        monkeypatch.setattr(groups.reward._worker, "_rewards", [reward])  # type: ignore[attr-defined]
+        if name == "abstains":
+            preflight(config, groups, 0)
+        else:
+            with pytest.raises(UserError, match="'even' returned nan"):
+                preflight(config, groups, 0)
+        reward.close()
+
+
+def test_a_policy_that_has_learnt_is_not_its_reference(config: PPOConfig, groups: Groups, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that goes on: sampler and trainer must agree as ever, the KL may be anything."""
+    held: list[bool] = []
+    monkeypatch.setattr("rlhf_dist.coordinator.preflight.check_gaps", lambda seen, dtype, *, same_reference: held.append(same_reference))
     preflight(config, groups, 0)
-    monkeypatch.setattr(reward, "_function", lambda prompts, completions, **columns: [float("nan") for _ in completions])
-    with pytest.raises(UserError, match="'even' returned nan"):
-        preflight(config, groups, 0)
+    groups.policy.collect(groups.policy.submit(PolicyRole.sync_weights, [(1,)]))
+    preflight(config, groups, 1)
+    groups.policy.collect(groups.policy.submit(PolicyRole.sync_weights, [(0,)]))
+    assert held == [True, False]
 
 
 def test_preflight_asks_little_of_a_large_run(config: PPOConfig, groups: Groups, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ class Worker:
     def reference_score(self, shard: Any) -> Stored[Any, PieceInfo]:
         return Stored(("reference", self.rank, shard), PieceInfo((), 0.0))
 
-    def judge(self, shard: Any) -> ScoreInfo:
+    def judge(self, shard: Any, stream: str, step: int) -> ScoreInfo:
         return ScoreInfo((self.rank,), (RewardResult("r", (float(self.rank),)),), 0.0)
 
 
@@ -87,7 +87,8 @@ def test_all_engines_score_and_the_policy_comes_last(local_group: Any) -> None:
     order = ["reference.score", "reward.judge", "value.score", "policy.score"]
     assert [name for name, rank, _ in calls if rank == 0] == [name for name in order for _ in shards]
     for shard in shards:
-        assert [given for _, _, given in calls].count((shard.rollouts,)) == 8  # 4 engines × 2 ranks, each with the handle, no tensor
+        given = [given for _, _, given in calls]  # 4 engines × 2 ranks, each with the handle, no tensor
+        assert given.count((shard.rollouts,)) == 6 and given.count((shard.rollouts, "train", 0)) == 2
         assert [piece.payload[1] for piece in shard.pieces] == [0, 1] * 3
         assert len(shard.judged) == 2
 
@@ -102,6 +103,18 @@ def test_engines_that_are_absent_are_not_asked(local_group: Any, present: str, e
     score(groups, shards, with_value=True)
     assert {name.split(".")[0] for name, _, _ in calls} == expected
     assert ("policy.reference_score" in {name for name, _, _ in calls}) == (present == "value")
+
+
+def test_nobody_is_asked_twice_unless_the_answer_was_lost(local_group: Any) -> None:
+    groups, calls = groups_of(local_group)
+    shards = generate(groups.policy, Batch("train", 0, 0, 2, 1), 0, 1)
+    score(groups, shards, with_value=True)
+    del calls[:]
+    score(groups, shards, with_value=True)
+    assert calls == []
+    del shards[0].asked["reference"]
+    score(groups, shards, with_value=True)
+    assert [name for name, _, _ in calls] == ["reference.score"] * 2
 
 
 @pytest.mark.parametrize("reference", [True, False])

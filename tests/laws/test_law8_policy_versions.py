@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from rlhf_dist.algos.objectives import PolicyObjective
+from rlhf_dist.cli.main import main
 from rlhf_dist.cli.paths import with_absolute_paths
 from rlhf_dist.cli.programs import PPOProgram
 from rlhf_dist.cli.ray_launch import run_under_ray
@@ -136,6 +137,14 @@ def test_one_step_of_staleness_comes_to_the_same_reward(learnt: dict[int, list[P
 PROMPT, VOCABULARY, STOP, FIRST_WORD = (1, 10, 17), 64, 2, 4
 
 
+def exported(checkpoint: Path) -> Path:
+    """A checkpoint's policy as a Hugging Face folder beside it."""
+    folder = checkpoint.with_name("exported")
+    if not folder.is_dir():
+        main(["export", str(checkpoint), "--out", str(folder)])
+    return folder
+
+
 def all_completions(length: int) -> ExperienceBatch:
     """Every completion of one prompt by at most so many tokens, each once."""
     grid = torch.cartesian_prod(*[torch.arange(VOCABULARY)] * length).reshape(-1, length)
@@ -188,7 +197,7 @@ def test_weights_take_bias_out_of_stale_gradients(
     batch, found = all_completions(length), []
     for root in learnt[1][:2]:
         policies = {
-            s: AutoModelForCausalLM.from_pretrained(root / "checkpoints" / f"step_{s:06d}" / "policy")
+            s: AutoModelForCausalLM.from_pretrained(exported(root / "checkpoints" / f"step_{s:06d}" / "policy"))
             for n in steps
             for s in (n, n - staleness)
         }

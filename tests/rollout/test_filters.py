@@ -15,6 +15,7 @@ from rlhf_dist.rollout.sampling import SamplingParams, draw
 WEIGHTS = st.lists(st.sampled_from([0.0, 2.0**-70, 0.1, 0.125, 0.3, 1.0]), min_size=1, max_size=60)
 
 
+@settings(deadline=None)
 @given(values=WEIGHTS, data=st.data())
 def test_ranked_is_the_head_of_a_stable_full_sort(values: list[float], data: st.DataObject) -> None:
     weights, count = torch.tensor([values, values[::-1]]), data.draw(st.integers(1, len(values)))
@@ -23,6 +24,7 @@ def test_ranked_is_the_head_of_a_stable_full_sort(values: list[float], data: st.
     assert torch.equal(found, expected[:, :count]) and torch.equal(places, index[:, :count])
 
 
+@settings(deadline=None)
 @given(values=WEIGHTS.filter(any), top_p=st.floats(0.01, 0.999))
 def test_the_nucleus_is_the_shortest_head_that_reaches_the_mass(values: list[float], top_p: float) -> None:
     total = torch.tensor([[sum(values)]])

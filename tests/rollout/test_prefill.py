@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_dist.rollout import prefill
@@ -12,6 +12,7 @@ from rlhf_dist.rollout.prefill import PREFILL_CHUNK, PREFILL_TOKENS, SPAN_STEP, 
 LENGTHS = st.lists(st.integers(1, 3 * PREFILL_CHUNK), max_size=40)
 
 
+@settings(deadline=None)
 @given(lengths=LENGTHS, exact=st.booleans())
 def test_every_position_once_in_order_and_within_bounds(lengths: list[int], exact: bool) -> None:
     reached = [0] * len(lengths)
@@ -24,6 +25,7 @@ def test_every_position_once_in_order_and_within_bounds(lengths: list[int], exac
     assert reached == lengths
 
 
+@settings(deadline=None)
 @given(lengths=LENGTHS)
 def test_where_exact_a_rows_shapes_do_not_depend_on_the_others(lengths: list[int]) -> None:
     together = [[(p.start, p.width) for p in pieces(lengths, exact=True) if row in p.rows] for row in range(len(lengths))]

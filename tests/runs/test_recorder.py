@@ -6,10 +6,10 @@ from typing import Any
 
 from rlhf_dist.config.loading import load_config
 from rlhf_dist.config.ppo import PPOConfig
-from rlhf_dist.runs.recorder import Recorder
 from rlhf_dist.runs.checkpoints import CheckpointStore
 from rlhf_dist.runs.folder import RunFolder
 from rlhf_dist.runs.metrics import read_metrics
+from rlhf_dist.runs.recorder import Recorder
 from rlhf_dist.runs.state import RunState
 
 
@@ -31,11 +31,12 @@ def test_everything_goes_to_its_place(tmp_path: Path, ppo_values: dict[str, Any]
     assert folder.config.is_file()  # a run that recorded something keeps its folder
 
 
-def test_checkpoints_are_published_with_the_state_and_pruned(tmp_path: Path) -> None:
+def test_checkpoints_are_committed_with_the_state_and_pruned(tmp_path: Path, ppo_values: dict[str, Any]) -> None:
     recorder = Recorder(RunFolder.create(tmp_path, "run"))
     for step in (1, 2, 3):
         (Path(recorder.begin_checkpoint(step)) / "weights").write_text(str(step))
-        recorder.publish_checkpoint(RunState(step=step, kl_coef=0.25), keep=2)
+        recorder.config(PPOConfig.model_validate(ppo_values))
+        recorder.commit_checkpoint(step, RunState(step=step, kl_coef=0.25).to_dict(), [], keep=2)
     kept = CheckpointStore(tmp_path / "run" / "checkpoints").all()
     assert [checkpoint.step for checkpoint in kept] == [2, 3]
     assert RunState.from_dict(kept[-1].state) == RunState(step=3, kl_coef=0.25)
@@ -46,9 +47,18 @@ def test_a_rank_without_a_folder_writes_nothing(tmp_path: Path, ppo_values: dict
     recorder = Recorder(None)
     recorder.config(PPOConfig.model_validate(ppo_values))
     recorder.metrics(1, {"objective/kl": 0.5})
-    recorder.publish_checkpoint(RunState(), keep=1)
+    recorder.commit_checkpoint(0, RunState().to_dict(), [], keep=1)
+    recorder.rewind(0, 0)
+    recorder.clear_partial()
     recorder.summary({})
-    assert {recorder.report_path(), recorder.rollouts_path(1), recorder.evaluation_path(1), recorder.begin_checkpoint(1), recorder.export_path("policy")} == {""}
+    assert recorder.newest_checkpoint(print) is None and recorder.stuck("x", "y") == ""
+    assert {
+        recorder.report_path(),
+        recorder.rollouts_path(1),
+        recorder.evaluation_path(1),
+        recorder.begin_checkpoint(1),
+        recorder.export_path("policy"),
+    } == {""}
     recorder.close()
     assert list(tmp_path.iterdir()) == []
 

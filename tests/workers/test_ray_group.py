@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ import torch
 import rlhf_dist
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.config.operation import PlacementSection
-from rlhf_dist.contracts.group import Stored
+from rlhf_dist.contracts.group import Late, Lost, Stored, SupervisedGroup
+from rlhf_dist.runs.supervision import stuck_report
 from rlhf_dist.workers.placement import Demand
-from rlhf_dist.workers.ray_group import RayGroup, get, wait_all
+from rlhf_dist.workers.ray_group import RayGroup, get, release, wait_all
 
 pytestmark = pytest.mark.distributed
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -55,6 +57,20 @@ class Worker:
 
     def die(self) -> None:
         os._exit(1)
+
+    def sleepy(self, rank: int) -> None:
+        """A rank that never comes to the collective in which the others wait."""
+        if self.rank.rank == rank:
+            time.sleep(600)
+        torch.distributed.all_reduce(torch.zeros(1))
+
+    def rewarded(self) -> None:
+        users_reward()
+
+
+def users_reward() -> None:
+    """Waits for an answer that does not come."""
+    time.sleep(600)
 
 
 @pytest.fixture(scope="module")
@@ -184,3 +200,99 @@ def test_a_factory_that_fails_is_reported_by_finish_start(ray_session: None) -> 
 def test_what_is_never_placed_is_an_error_within_the_deadline(ray_session: None) -> None:
     with pytest.raises(UserError, match="did not place the 1 ranks of reward within 1 s"):
         RayGroup(Demand("reward", 1, 1000.0, 0.0, "PACK"), Worker, PlacementSection(start_timeout_s=1))
+
+
+@pytest.fixture
+def two(ray_session: None) -> Iterator[Callable[..., RayGroup]]:
+    """`two("policy", call_timeout_s=…)`: a group of two ranks that a test may kill."""
+    made: list[RayGroup] = []
+
+    def start(name: str = "policy", ranks: int = 2, **placement: Any) -> RayGroup:
+        made.append(RayGroup(Demand(name, ranks, 0.5, 0.0, "PACK"), Worker, PlacementSection(**placement), "a run"))
+        made[-1].begin_start()
+        made[-1].finish_start()
+        return made[-1]
+
+    yield start
+    for each in made:
+        each.close()
+
+
+def test_a_killed_rank_is_missed_and_its_group_is_rebuilt(two: Callable[..., RayGroup]) -> None:
+    """The rank that waits for it in a collective may notice first, as an error of its own: it is a death all the same."""
+    group = two()
+    assert isinstance(group, SupervisedGroup)
+    small, large = group.submit(Worker.make, [(10,), (50_000,)])  # the second is kept in the shared memory of the machine
+    group.collect([small, large])
+    before = group.processes()
+    assert group.alive() and group.intact([small, large])
+    waiting = group.submit(Worker.reduced, [(), None])
+    assert group.intact(waiting), "on its way from a living process"
+    os.kill(before[1], signal.SIGKILL)
+    with pytest.raises(Lost) as caught:
+        group.collect(waiting)
+    assert not caught.value.late and "policy" in caught.value.where
+    assert not group.alive() and not group.intact(waiting)
+    assert [report.answered for report in group.census()] == [True, False]
+
+    group.begin_rebuild()
+    group.finish_start()
+    assert group.alive() and not set(before) & set(group.processes())
+    assert group.collect(group.submit(Worker.reduced, [()] * 2)) == [3.0, 3.0]
+
+
+def test_a_stopped_rank_is_ended_by_the_heartbeat_and_named(two: Callable[..., RayGroup]) -> None:
+    group = two("value", heartbeat_s=0.2, heartbeat_timeout_s=2.0)
+    stopped = group.processes()[1]
+    os.kill(stopped, signal.SIGSTOP)
+    began = time.monotonic()
+    with pytest.raises(Lost, match=r"^value rank 1 gave no sign of life for 2 s and was ended") as caught:
+        group.collect(group.submit(Worker.reduced, [()] * 2))
+    assert not caught.value.late and time.monotonic() - began < 30
+    deadline = time.monotonic() + 15
+    while _is_there(stopped) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not _is_there(stopped), "a stopped process holds memory and devices"
+
+
+def test_a_stuck_rank_is_reported_with_every_stack(two: Callable[..., RayGroup]) -> None:
+    """A rank that sleeps, one that waits for it in a collective, and a reward that never answers."""
+    policy, reward = two(call_timeout_s=2.0), two("reward", 1, call_timeout_s=2.0)
+    policy.submit(Worker.reduced, [()] * 2)
+    asked = [*policy.submit(Worker.sleepy, [(1,)] * 2), *reward.submit(Worker.rewarded, [()])]
+    with pytest.raises(Late) as caught:
+        policy.collect(asked)
+    assert caught.value.late and "policy rank 1, sleepy" in caught.value.where and "reward rank 0, rewarded" in caught.value.where
+    text, stuck = stuck_report(caught.value, [policy, reward], "step 3, phase train")
+    assert stuck == [policy, reward]
+    for part in (
+        "step 3, phase train",
+        "policy: waits in a collective for rank 1",
+        "reward: working",
+        ": in sleepy for ",
+        ": in rewarded for ",
+        "in all_reduce",  # rank 0's stack
+        "time.sleep(600)",  # rank 1's stack
+        "in users_reward",
+    ):
+        assert part in text, text
+    assert text.count("rank 0 (") == 2 and text.count("rank 1 (") == 1
+    assert "in pulse" not in text and policy.census()[0].calls == 3  # start, reduced, sleepy
+
+
+def test_what_a_run_reserved_can_be_given_back_by_who_outlives_its_owner(two: Callable[..., RayGroup]) -> None:
+    group = two("orphan", 1)
+    assert ray.util.placement_group_table(group._bundles)["state"] == "CREATED"
+    release("another run", [group._demand])
+    assert ray.util.placement_group_table(group._bundles)["state"] == "CREATED"
+    release("a run", [group._demand, Demand("never", 1, 0.5, 0.0, "PACK")])
+    assert ray.util.placement_group_table(group._bundles)["state"] == "REMOVED"
+
+
+def _is_there(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    with open(f"/proc/{process}/stat", encoding="utf-8") as file:
+        return file.read().rsplit(")", 1)[1].split()[0] != "Z"

@@ -1,5 +1,7 @@
 """One rank of the rewards: functions and models side by side, each rank its rows, faults never numbers."""
 
+import gc
+import json
 from pathlib import Path
 from typing import Any
 
@@ -55,18 +57,37 @@ def test_a_model_reward_scores_on_its_own_engine_beside_a_function(
 def test_functions_see_prompts_completions_and_columns_of_their_rows(configured, plain_rank, shard_of, ragged, tmp_path) -> None:
     path = tmp_path / "mine.py"
     path.write_text(
-        "seen = []\n"
+        "import json, pathlib\n"
         "def keep(prompts, completions, **columns):\n"
-        "    seen.append((prompts, completions, columns))\n"
+        "    pathlib.Path(__file__).with_suffix('.json').write_text(json.dumps([prompts, completions, columns]))\n"
         "    return [1.0] * len(prompts)\n"
     )
     worker = RewardWorker(configured(sources(function(path, "keep"))), plain_rank)
     worker._rank = Rank(1, 3, 0, "cpu")
     info = worker.judge(shard_of(ragged, columns={"answer": tuple("abcdefg")}))
     assert info.rows == (1, 4) and info.results[0].values == (1.0, 1.0)
-    prompts, completions, columns = worker._rewards[0]._function.__globals__["seen"][-1]  # type: ignore[union-attr]
-    assert (list(prompts), list(completions)) == (["prompt 1", "prompt 4"], ["completion 1", "completion 4"])
-    assert {name: list(values) for name, values in columns.items()} == {"answer": ["b", "e"]}
+    seen = json.loads(path.with_suffix(".json").read_text())
+    assert seen == [["prompt 1", "prompt 4"], ["completion 1", "completion 4"], {"answer": ["b", "e"]}]
+
+
+def test_failed_rows_of_a_rank_are_quarantined_with_their_own_numbers(configured, plain_rank, shard_of, ragged, tmp_path) -> None:
+    path = tmp_path / "picky.py"
+    path.write_text("def picky(completions): return [1.0 if text.endswith('1') else float('nan') for text in completions]")
+    worker = RewardWorker(configured(sources(function(path, "picky") | {"on_failure": "drop_group"})), plain_rank)
+    worker._rank = Rank(1, 3, 0, "cpu")
+    worker.quarantine_to(str(tmp_path / "quarantine.jsonl"))
+    (result,) = worker.judge(shard_of(ragged), "eval", 9).results
+    assert (result.values, result.failed) == ((1.0, None), (1,))
+    (line,) = map(json.loads, (tmp_path / "quarantine.jsonl").read_text().splitlines())
+    assert (line["prompt_id"], line["completion"], line["rank"], line["stream"], line["step"]) == (4, "completion 4", 1, "eval", 9)
+
+
+def test_a_worker_takes_its_functions_processes_along(configured, reward_file, plain_rank) -> None:
+    worker = RewardWorker(configured(sources(function(reward_file, "even"))), plain_rank)
+    process = worker._rewards[0]._source._process._child  # type: ignore[union-attr]
+    del worker
+    gc.collect()
+    assert process.returncode == -9
 
 
 def test_a_rank_without_rows_calls_no_function_and_still_meets_the_models(

@@ -45,6 +45,9 @@ class RecordingEngine:
     def optimizer_step(self) -> StepInfo:
         return StepInfo(1.0, 0.1)
 
+    def unsound_weights(self) -> str:
+        return ""
+
 
 @pytest.fixture
 def shards(shard_of, ragged) -> list[ExperienceBatch]:
