@@ -47,12 +47,12 @@ def replay(
 
 def _samples(found: Replay) -> Table:
     table = Table(title="samples", title_justify="left")
-    for name in ("rank", "microbatch", "prompt id", "sample", "tokens", "loss"):
+    for name in ("rank", "batch", "prompt id", "sample", "tokens", "loss"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("not finite")
     for each in found.samples:
         numbers = (each.rank, each.microbatch, each.prompt_id, each.sample_index, each.tokens)
-        table.add_row(*map(str, numbers), f"{each.loss:.6g}", Text(each.fault))
+        table.add_row(*map(str, numbers), f"{each.loss:.6g}", Text(each.fault.split(" is ")[0].removeprefix("the model's ")))
     return table
 
 

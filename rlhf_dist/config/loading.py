@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from rlhf_dist.config.errors import UserError
+from rlhf_dist.config.yaml_text import read_yaml
 
 C = TypeVar("C", bound=BaseModel)
 
@@ -61,12 +62,12 @@ def dump_config(config: BaseModel) -> str:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
             f"cannot read the config file: {error.strerror}", where=str(path), fix="pass --config a YAML file that exists"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UserError(f"the config file is not YAML: {error}", where=str(path), fix="mend the syntax") from None
     if values is None:
         return {}
@@ -80,8 +81,8 @@ def _apply(values: dict[str, Any], override: str, kind: type[BaseModel] | None) 
     if not separator or not key:
         raise UserError(f"not an override: {override!r}", where="command line", fix="write key.path=value, for example run.steps=10")
     try:
-        value = "" if not text.strip() and _takes_text(kind, key) else _number(yaml.safe_load(text))
-    except yaml.YAMLError:
+        value = "" if not text.strip() and _takes_text(kind, key) else _number(read_yaml(text))
+    except ValueError:
         raise UserError(f"the value of {key} is not YAML: {text!r}", where="command line", fix="quote it") from None
     node: Any = values
     *parents, last = key.split(".")
@@ -108,13 +109,12 @@ def _number(value: Any) -> Any:
 
 
 def _descend(node: Any, part: str, so_far: str) -> Any:
-    if isinstance(node, list):
-        return node[_index(node, part, so_far)]
-    if node.get(part) is None:
+    key: Any = _index(node, part, so_far) if isinstance(node, list) else part
+    if isinstance(node, dict) and node.get(part) is None:
         node[part] = {}
-    if not isinstance(node[part], dict | list):
+    if not isinstance(node[key], dict | list):
         raise UserError(f"{so_far} is a value, not a section", where="command line", fix="drop what follows it")
-    return node[part]
+    return node[key]
 
 
 def _put(node: Any, last: str, value: Any, key: str) -> None:
@@ -125,7 +125,7 @@ def _put(node: Any, last: str, value: Any, key: str) -> None:
 
 
 def _index(node: list[Any], part: str, so_far: str) -> int:
-    if not part.isdigit() or int(part) >= len(node):
+    if not part.isdecimal() or int(part) >= len(node):
         raise UserError(
             f"{so_far}: the list has {len(node)} entries, so {part!r} names none", where="command line", fix="use 0 for the first entry"
         )

@@ -43,7 +43,7 @@ def stage_of(sections: Collection[str], where: str) -> str:
         return fitting.pop()
     may = ", ".join(stage for stage in STAGES if stage in fitting)
     raise UserError(
-        f"the file does not tell which stage it is for: its sections ({', '.join(sections) or 'none'}) fit {may}",
+        f"the file does not tell which stage it is for: its sections ({', '.join(map(str, sections)) or 'none'}) fit {may}",
         where=where,
         fix=f"say --stage {'|'.join(STAGES)}",
     )

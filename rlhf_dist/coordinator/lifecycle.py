@@ -13,7 +13,7 @@ from typing import Any
 
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.config.ppo import PPOConfig
-from rlhf_dist.contracts.group import Lost, WorkerGroup
+from rlhf_dist.contracts.group import Lost, SupervisedGroup, WorkerGroup
 from rlhf_dist.contracts.tally import Tally
 from rlhf_dist.coordinator.checkpoint import Checkpointer
 from rlhf_dist.coordinator.colocation import Turns
@@ -186,6 +186,16 @@ class Lifecycle(ABC):
             raise UserError(what, where=str(checkpoint.folder), fix=fix)
         seconds = time.perf_counter() - began
         self.reporter.message(f"resumed after step {self.state.step} from {checkpoint.folder} ({seconds:.1f} s)")
+
+    def _look_after_rollouts(self) -> None:
+        """Looks whether the rollout group is there, while a new one can still be given the weights it needs without going back.
+
+        Raises:
+            Lost: it is not.
+        """
+        rollout = self.groups.rollout
+        if isinstance(rollout, SupervisedGroup) and not rollout.alive():
+            raise Lost("a worker process of rollout is gone", where="rollout", fix="look for the cause in the logs")
 
     def _recover(self, lost: Lost) -> None:
         """Brings the run back to where it can go on.

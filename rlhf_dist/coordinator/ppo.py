@@ -111,8 +111,10 @@ class PPOCoordinator(Lifecycle):
         if work.report is None:
             self._make_experience(step, work)  # 1. to 3.
             self._stop_if_asked()
+            self._look_after_rollouts()
             with self._phase(clock, step, "train"):  # 4. epochs of minibatches, policy and value side by side, or each at its turn
                 work.report = self._train(step, work)
+        self._look_after_rollouts()
         with self._phase(clock, step, "sync"):  # 5. the sampler gets the weights of the next version, behind what it was asked for before
             self._sync_weights(step + 1)
         with self._phase(clock, step, "record"):  # 6. every sample to Parquet; then the state moves on, and the step is shown

@@ -1,4 +1,4 @@
-"""Law 3 at the start of every run, and in the first minibatch of every step: on policy, the ratio is 1 and the KL is 0."""
+"""Laws 3 and 8 at the start of every run, and law 3 in the first minibatch of every step: on policy, the ratio is 1 and the KL is 0."""
 
 from __future__ import annotations
 
@@ -66,6 +66,7 @@ def preflight(config: PPOConfig, groups: Groups, version: int) -> dict[str, floa
     shards = generate(groups.sampler, Batch("train", PROBE_STEP, 0, prompts, 1, limit), version, 1)
     score(groups, shards, with_value=True)
     collect_rollouts(groups.sampler, shards)
+    check_versions(shards, version)
     collect_scores(groups, shards)
     for shard in shards:
         raw_rewards(shard)
@@ -80,6 +81,19 @@ def reference_is_policy(config: PPOConfig) -> bool:
         config.policy.lora is not None
         or (config.reference.dtype, config.reference.quantize) == (config.policy.dtype, config.policy.quantize)
     )
+
+
+def check_versions(shards: Sequence[Shard], version: int) -> None:
+    """Law 8: what was sampled says that it is of the version that was synced (whose checksum the ranks have agreed on).
+
+    Raises:
+        UserError: it does not.
+    """
+    found = sorted({each for shard in shards if shard.info is not None for each in shard.info.versions} - {version})
+    if found:
+        fix = "the sampler was not given the trainer's weights: report this with the config"
+        what = f"the sampler's completions are of policy version {', '.join(map(str, found))}, the trainer holds version {version}"
+        raise UserError(what, where="preflight (law 8, policy versions)", fix=fix)
 
 
 def check_gaps(seen: dict[str, float], dtype: str, *, same_reference: bool) -> None:

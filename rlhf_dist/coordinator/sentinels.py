@@ -55,7 +55,7 @@ def _kl(section: SentinelsSection, first: float, before: Sequence[float]) -> Lim
         floor, words = section.kl_factor * floor, f"{section.kl_factor:g} × sentinels.kl_limit"
     if section.kl_factor * usual < floor:
         return Limits(high=floor, words=words)
-    return Limits(high=section.kl_factor * usual, words=f"{section.kl_factor:g} × the median of the {len(before)} steps before, {usual:.4g}")
+    return Limits(high=section.kl_factor * usual, words=f"{section.kl_factor:g} × the median of the {len(before)} before, {usual:.4g}")
 
 
 def _reward(section: SentinelsSection, first: float, before: Sequence[float]) -> Limits:
@@ -215,7 +215,7 @@ class Sentinels:
         if not self._spent:
             return None
         seen = f"`rlhf-dist replay {self._written[-1]}` shows which samples; " if self._written else ""
-        fix = seen + "mend the cause, then go on with run.resume=auto, or begin anew with a lower learning rate"
+        fix = seen + "the state is saved: mend the cause and go on with run.resume=auto, or begin anew with a lower learning rate"
         error = UserError(self._spent, where=f"step {step} (sentinels.max_skipped {self._section.max_skipped})", fix=fix)
         self._spent, self._row = "", {}
         return error

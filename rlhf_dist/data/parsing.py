@@ -130,9 +130,21 @@ def _text(value: Any, name: str) -> str:
 
 
 def _number(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
-        raise RowFault("wrong type", f"{name!r} is {value!r}, not a number")
-    return float(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+        raise RowFault("wrong type", f"{name!r} is {_short(value)}, not a number")
+    try:
+        return float(value)
+    except OverflowError:
+        raise RowFault("number out of range", f"{name!r} is a whole number that is too large") from None
+
+
+def _short(value: Any) -> str:
+    """For a message; a whole number of thousands of digits has no text."""
+    try:
+        text = repr(value)
+    except ValueError:
+        text = "a number of thousands of digits"
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def _not_empty_turns(turns: tuple[Message, ...]) -> tuple[Message, ...]:
@@ -288,7 +300,7 @@ def _label(fields: _Fields) -> tuple[Literal["a", "b", "tie"], float | None]:
         label = fields.needed("label")
         option = _OPTIONS.get(label.strip().lower()) if isinstance(label, str) else None
         if option is None:
-            raise RowFault("label outside the options", f"the label is {label!r}, not a, b or tie")
+            raise RowFault("label outside the options", f"the label is {_short(label)}, not a, b or tie")
         return option, 0.5 if option == "tie" else None
     probability = _probability(p)
     preferred: Literal["a", "b", "tie"] = "tie" if probability == 0.5 else "a" if probability > 0.5 else "b"
@@ -297,7 +309,7 @@ def _label(fields: _Fields) -> tuple[Literal["a", "b", "tie"], float | None]:
 
 def _probability(p: Any) -> float:
     if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p <= 1:
-        raise RowFault("label outside the options", f"p is {p!r}, not a probability between 0 and 1")
+        raise RowFault("label outside the options", f"p is {_short(p)}, not a probability between 0 and 1")
     return float(p)
 
 
@@ -309,8 +321,10 @@ def _ranking(fields: _Fields, origin: Origin) -> Ranking:
     if not isinstance(values, list) or len(values) != len(answers):
         raise RowFault("ranks and answers differ in number", f"{part} does not give one number to each of the {len(answers)} answers")
     numbers = [_number(value, part) for value in values]
+    if not all(map(math.isfinite, numbers)):
+        raise RowFault("number out of range", f"an infinite number among the {part}")
     if len(set(numbers)) < len(numbers):
-        raise RowFault("ties in the ranking", f"two answers have the same of {part}: {values}")
+        raise RowFault("ties in the ranking", f"two answers have the same of {part}: {_short(values)}")
     order = sorted(range(len(answers)), key=lambda i: numbers[i], reverse=part == "scores")
     best_first = tuple(numbers[i] for i in order)
     ranks = best_first if part == "ranks" else tuple(float(rank + 1) for rank in range(len(order)))

@@ -242,6 +242,8 @@ class SavedState:
         with _refusing(path):
             file = safe_open(path, framework="pt")
             fragments = _Fragments.validate_json((file.metadata() or {}).get("fragments", ""))
+            if set(file.keys()) != {f"{kind}.{name}" for kind in KINDS for name in fragments}:
+                raise ValueError("it holds other tensors than it says")
             for name, (start, step) in fragments.items():
                 slices = [file.get_slice(f"{kind}.{name}") for kind in KINDS]
                 shapes = [part.get_shape() for part in slices]

@@ -15,7 +15,9 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, NonNegativeInt
 
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.contracts.engine import SavedFile
@@ -25,7 +27,7 @@ from rlhf_dist.runs.summary import versions
 MANIFEST = "manifest.json"
 FORMAT = 2
 CHUNK = 4 * 2**20
-_NAME = re.compile(r"step_(\d{6,})")
+_NAME = re.compile(r"step_([0-9]{6,18})")
 _REFUSED = "use another checkpoint, or let run.resume=auto take the newest whole one"
 
 
@@ -218,9 +220,19 @@ def _digest(values: dict[str, Any]) -> str:
 
 def _inside(name: str) -> str:
     """A manifest names files of its own folder, nothing else on the machine."""
-    if Path(name).is_absolute() or ".." in Path(name).parts:
+    if not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
         raise ValueError(f"{name!r} is no file of the folder")
     return name
+
+
+class _Manifest(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    format: int
+    step: NonNegativeInt
+    time: float
+    files: dict[Annotated[str, AfterValidator(_inside)], tuple[NonNegativeInt, str]]
+    state: dict[str, Any]
+    versions: dict[str, str | None]
 
 
 def _read(folder: Path) -> Checkpoint:
@@ -228,10 +240,14 @@ def _read(folder: Path) -> Checkpoint:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values["format"] != FORMAT:
-            raise UserError(f"its format is {values['format']!r}, this version reads {FORMAT}", where=str(folder), fix=_REFUSED)
+            raise UserError(f"its format is {values['format']!r:.60}, this version reads {FORMAT}", where=str(folder), fix=_REFUSED)
         if values.pop("sha256") != _digest(values):
             raise UserError(f"{MANIFEST} was changed after it was written", where=str(folder), fix=_REFUSED)
-        files = {name: SavedFile(_inside(name), size, sha256) for name, (size, sha256) in values["files"].items()}
-        return Checkpoint(folder, values["step"], values["time"], files, values["state"], values["versions"])
+        found = _Manifest.model_validate_json(json.dumps(values))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{MANIFEST} cannot be read: {type(error).__name__}", where=str(folder), fix=_REFUSED) from None
+    name = _NAME.fullmatch(folder.name)
+    if name and int(name[1]) != found.step:
+        raise UserError(f"{MANIFEST} is that of step {found.step}", where=str(folder), fix=_REFUSED)
+    files = {name: SavedFile(name, size, sha256) for name, (size, sha256) in found.files.items()}
+    return Checkpoint(folder, found.step, found.time, files, found.state, found.versions)

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel
 
 from rlhf_dist.config.errors import UserError
+from rlhf_dist.config.yaml_text import read_yaml
 
 CONFIG = "config.yaml"
 FREE = (
@@ -33,8 +33,8 @@ def changed_keys(folder: Path, config: BaseModel) -> list[str]:
         UserError: the saved config cannot be read.
     """
     try:
-        saved = dict(_leaves(yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        saved = dict(_leaves(read_yaml((folder / CONFIG).read_text(encoding="utf-8"))))
+    except (OSError, ValueError) as error:
         raise UserError(f"{CONFIG} cannot be read: {type(error).__name__}", where=str(folder), fix="use another checkpoint") from None
     now = dict(_leaves(config.model_dump(mode="json")))
     keys = [key for key in {**saved, **now} if saved.get(key) != now.get(key)]

@@ -108,13 +108,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise UserError(f"cannot read the metrics: {error.strerror}", where=str(path), fix="pass the folder of a run") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"the metrics are not UTF-8: {error.reason}", where=str(path), fix="put the file back as the run left it") from None
     return [_parsed(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
 
 
 def _parsed(line: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"not JSON: {error}", where=where, fix="remove the line; it was cut when the run was killed or the disk was full"
         ) from None

@@ -77,7 +77,8 @@ def read_rollouts(path: Path) -> pa.Table:
     try:
         with pq.ParquetFile(path) as file:
             table = file.read()
-    except (OSError, pa.ArrowInvalid) as error:
+        table.validate(full=True)
+    except (OSError, ValueError, LookupError, MemoryError, pa.ArrowException) as error:
         raise UserError(
             f"cannot read the rollouts: {error}", where=str(path), fix="pass a Parquet file from rollouts/ or evaluation/ of a run"
         ) from None

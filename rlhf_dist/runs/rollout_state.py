@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -14,7 +16,6 @@ from torch import Tensor
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.contracts.experience import ExperienceBatch
 from rlhf_dist.contracts.roles import RolloutInfo
-from rlhf_dist.contracts.tally import Tally
 
 
 def write_shard(folder: Path, number: int, batch: ExperienceBatch, info: RolloutInfo) -> None:
@@ -27,7 +28,8 @@ def write_shard(folder: Path, number: int, batch: ExperienceBatch, info: Rollout
     values = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
     for name, column in batch.columns.items():
         _check_column(name, column)
-    save_file({name: value.contiguous() for name, value in values.items() if isinstance(value, Tensor)}, _tensors(folder, number))
+    tensors = {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in values.items() if isinstance(value, Tensor)}
+    save_file(tensors, _tensors(folder, number))  # of copies: it refuses tensors that share memory, as two masks may
     text = {"prompts": batch.prompts, "completions": batch.completions, "columns": batch.columns, "info": dataclasses.asdict(info)}
     _text(folder, number).write_text(json.dumps(text), encoding="utf-8")
 
@@ -39,16 +41,51 @@ def read_shard(folder: Path, number: int) -> tuple[ExperienceBatch, RolloutInfo]
         UserError: a file is missing or damaged.
     """
     try:
-        text = json.loads(_text(folder, number).read_text(encoding="utf-8"))
+        text = _Text.model_validate_json(_text(folder, number).read_bytes())
         tensors = load_file(_tensors(folder, number))
-        columns = {name: tuple(column) for name, column in text["columns"].items()}
-        batch = ExperienceBatch(**tensors, prompts=tuple(text["prompts"]), completions=tuple(text["completions"]), columns=columns)
-        info: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in text["info"].items()}
-        info["tally"] = Tally(**info["tally"])
-        return batch, RolloutInfo(**info)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        batch = ExperienceBatch(**tensors, prompts=text.prompts, completions=text.completions, columns=text.columns)
+        _check_whole(batch, text.info)
+        return batch, text.info
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         what = f"shard {number} of the rollouts cannot be read: {type(error).__name__}"
         raise UserError(what, where=str(folder), fix="use another checkpoint") from None
+
+
+class _Text(BaseModel):
+    """What `write_shard` writes as JSON."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    prompts: tuple[str, ...]
+    completions: tuple[str, ...]
+    columns: dict[str, tuple[Any, ...]]
+    info: RolloutInfo
+
+
+def _check_whole(batch: ExperienceBatch, info: RolloutInfo) -> None:
+    """Every field has one entry a sample, in its own shape and type.
+
+    Raises:
+        ValueError: one has not.
+    """
+    tensors = {f.name: value for f in dataclasses.fields(batch) if isinstance(value := getattr(batch, f.name), Tensor)}
+    rows, wide = len(batch.prompts), {"BP": batch.prompt_mask_BP.shape[1:], "BT": batch.response_mask_BT.shape[1:]}
+    for name, tensor in tensors.items():
+        letters = name.rpartition("_")[2]
+        if tensor.shape != (rows, *wide.get(letters, ())) or len(tensor.shape) != len(letters) or tensor.dtype != _dtype(name):
+            raise ValueError(f"{name} is {tuple(tensor.shape)}, {tensor.dtype}")
+    lists = [batch.completions, *batch.columns.values(), info.prompt_ids, info.sample_indices, info.prompt_lengths]
+    lists += [info.response_lengths, info.stop_reasons, info.versions]
+    if {len(each) for each in lists} != {rows}:
+        raise ValueError("the lists differ in length")
+
+
+def _dtype(name: str) -> torch.dtype:
+    if "mask" in name or "attention" in name:
+        return torch.bool
+    return torch.float32 if name.startswith(_NUMBERS) else torch.int64
+
+
+_NUMBERS = ("rollout_logprobs", "old_logprobs", "ref_logprobs", "values", "bootstrap", "score", "advantages", "returns")
 
 
 def _check_column(name: str, column: tuple[Any, ...]) -> None:

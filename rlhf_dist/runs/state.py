@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
-from pydantic import ConfigDict, StrictFloat, StrictInt, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, Strict, StrictFloat, StrictInt, TypeAdapter, ValidationError
 
 from rlhf_dist.config.errors import UserError
 
 FORMAT = 2
+Count: TypeAlias = Annotated[int, Strict(), Field(ge=0, lt=2**63)]
 
 
 @dataclass
@@ -29,27 +30,27 @@ class RunState:
     sentinels: what they remember of the steps before.
     """
 
-    step: StrictInt = 0
-    policy_version: StrictInt = 0
-    prompt_cursor: StrictInt = 0
+    step: Count = 0
+    policy_version: Count = 0
+    prompt_cursor: Count = 0
     kl_coef: StrictFloat = 0.0
     baseline: StrictFloat = 0.0
     reward_mixer: dict[str, Any] = field(default_factory=dict)
     best_score: StrictFloat | None = None
-    best_step: StrictInt | None = None
-    dropped: dict[str, StrictInt] = field(default_factory=dict)
-    optimizer_steps: StrictInt = 0
+    best_step: Count | None = None
+    dropped: dict[str, Count] = field(default_factory=dict)
+    optimizer_steps: Count = 0
     kl: StrictFloat | None = None
     held_out: dict[str, Any] = field(default_factory=dict)
     yardstick: dict[str, Any] = field(default_factory=dict)
-    metrics_bytes: StrictInt = 0
+    metrics_bytes: Count = 0
     seconds: dict[str, dict[str, StrictFloat]] = field(default_factory=dict)
-    tokens: dict[str, StrictInt] = field(default_factory=dict)
+    tokens: dict[str, Count] = field(default_factory=dict)
     weights: StrictInt = 0
-    pending: dict[str, StrictInt] = field(default_factory=dict)
+    pending: dict[Annotated[str, Field(pattern="^[0-9]{1,18}$")], Count] = field(default_factory=dict)
     sentinels: dict[str, Any] = field(default_factory=dict)
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     def count_dropped(self, reason: str, samples: int) -> None:
         """Counts samples that were left out."""
@@ -115,7 +116,7 @@ class RunState:
         """
         try:
             values = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"the run state is not JSON: {error}", where="run state", fix="use another checkpoint") from None
         if not isinstance(values, dict):
             raise UserError("the run state is not an object", where="run state", fix="use another checkpoint")

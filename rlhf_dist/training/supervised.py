@@ -208,8 +208,8 @@ class SupervisedLoop:
             self._recoveries += 1
             self.reporter.message(f"recovering in {self._where}: {lost.what} ({lost.where})")
             try:
-                self._saver.abandon()
                 rebuild([self.group])
+                self._saver.abandon()  # now nobody writes any more
             except Lost as again:
                 lost = again
                 continue

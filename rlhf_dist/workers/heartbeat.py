@@ -11,7 +11,7 @@ from ray.exceptions import GetTimeoutError, RayError
 
 
 class Heartbeat(threading.Thread):
-    """Watches the actors of a group until it is stopped.
+    """Watches the actors of a group until it is stopped. How long a process may take to be there at all is the deadline of its start.
 
     Args:
         name: of the group.
@@ -25,6 +25,7 @@ class Heartbeat(threading.Thread):
         self.reason = ""
         self._group, self._actors = name, list(actors)
         self._every_s, self._timeout_s = every_s, timeout_s
+        self._seen: set[int] = set()
         self._over = threading.Event()
         self.start()
 
@@ -43,8 +44,9 @@ class Heartbeat(threading.Thread):
     def _look(self, rank: int, reference: Any) -> None:
         try:
             ray.get(reference, timeout=0.1)
+            self._seen.add(rank)
         except GetTimeoutError:
-            if self._over.is_set():
+            if self._over.is_set() or rank not in self._seen:
                 return
             self.reason = f"{self._group} rank {rank} gave no sign of life for {self._timeout_s:g} s and was ended"
             ray.kill(self._actors[rank])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -82,9 +83,9 @@ def sampled_shard() -> Callable[..., Shard]:
 
 @pytest.fixture(scope="session")
 def fakes() -> SimpleNamespace:
-    """All of `fake_groups` and `fake_workers` beside this file: made-up ranks on a virtual clock."""
+    """All of `fake_groups`, `fake_workers` and `fake_runs` beside this file: made-up ranks on a virtual clock, and runs over them."""
     names: dict[str, Any] = {}
-    for name in ("fake_groups", "fake_workers"):
+    for name in ("fake_groups", "fake_workers", "fake_runs"):
         if name not in sys.modules:
             spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
             assert spec is not None and spec.loader is not None
@@ -92,3 +93,17 @@ def fakes() -> SimpleNamespace:
             spec.loader.exec_module(sys.modules[name])
         names |= vars(sys.modules[name])
     return SimpleNamespace(**names)
+
+
+@pytest.fixture(scope="module")
+def schedules(
+    fakes: SimpleNamespace, tiny_run: Callable[[Path], dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Any]:
+    """Runs of the coordinator over fake groups (fake_runs.Schedules)."""
+    from rlhf_dist.coordinator import ppo
+    from rlhf_dist.runs import summary
+
+    with pytest.MonkeyPatch.context() as patch:  # of no interest there, and half of the time of a run without models
+        patch.setattr(summary, "_version", functools.cache(summary._version))
+        patch.setattr(ppo, "dump_config", lambda config: "")
+        yield fakes.Schedules(fakes, fakes.configs(tiny_run(tmp_path_factory.mktemp("runs"))))

@@ -20,7 +20,7 @@ def walked(steps: int, staleness: int) -> list[tuple[int, list[tuple[int, int]],
         asked: list[tuple[int, int]] = []
         pipeline.ask(step, lambda *what, asked=asked: asked.append(what) or [])
         log.append((step, asked, len(pipeline.pending)))
-        pipeline.take(step)
+        pipeline.done(step)
     assert not pipeline.pending, "nothing is sampled that no step trains on"
     return log
 
@@ -43,23 +43,36 @@ def test_every_step_is_asked_once_in_order_and_of_the_version_the_policy_then_is
         assert 1 <= pending <= staleness + 1
 
 
-@given(steps=st.integers(1, 30), staleness=st.integers(0, 8), stop=st.integers(0, 30))
-def test_what_was_pending_is_not_asked_for_again(steps: int, staleness: int, stop: int) -> None:
-    """A pipeline that is put back as it was after a step goes on as if it had never stopped."""
+@given(steps=st.integers(1, 30), staleness=st.integers(0, 8), stop=st.integers(0, 30), begun=st.booleans())
+def test_a_restored_run_asks_for_what_is_missing_of_the_version_it_then_has(steps: int, staleness: int, stop: int, begun: bool) -> None:
+    """Also where the samples of newer weights were asked for already: those are sampled again, and nothing is twice."""
     stop = min(stop, steps - 1)
     pipeline = Pipeline(steps, staleness)
     for step in range(stop):
         pipeline.ask(step, lambda *_: [])
-        pipeline.take(step)
-    again = Pipeline(steps, staleness, pipeline.asked, dict(pipeline.pending))
-    assert list(again.due(stop)) == list(range(min(stop + staleness, steps) if stop else 0, min(stop + staleness + 1, steps)))
+        pipeline.done(step)
+    if begun:
+        pipeline.ask(stop, lambda *_: [])
+    kept = pipeline.kept(stop)
+    assert all(pipeline.version(step) < stop for step in kept)
+    again, asked = Pipeline(steps, staleness), list[tuple[int, int]]()
+    again.restore(stop, kept)
+    for step in range(stop, steps):
+        new: list[tuple[int, int]] = []
+        again.ask(step, lambda *what, new=new: new.append(what) or [])
+        assert all(version == step for _, version in new), "the policy is of that version, and of no other"
+        asked += new
+        assert step in again.pending
+        again.done(step)
+    assert sorted([*kept, *(step for step, _ in asked)]) == list(range(stop, steps)) and not again.pending
 
 
 def test_new_shards_come_in_the_order_in_which_they_are_sampled(sampled_shard: Callable[..., Shard]) -> None:
     made = {step: [sampled_shard([1]), sampled_shard([2])] for step in range(3)}
     pipeline = Pipeline(9, 2)
     assert pipeline.ask(0, lambda step, version: made[step]) == [shard for step in range(3) for shard in made[step]]
-    assert pipeline.take(0) is made[0] and set(pipeline.pending) == {1, 2}
+    pipeline.done(0)
+    assert set(pipeline.pending) == {1, 2} and pipeline.shards() == [*made[1], *made[2]]
 
 
 def of_versions(shard: Shard, *versions: int) -> Shard:

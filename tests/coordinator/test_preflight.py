@@ -14,7 +14,7 @@ from rlhf_dist.cli.spmd_launch import spmd_groups
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.config.ppo import PPOConfig
 from rlhf_dist.contracts.roles import PolicyRole
-from rlhf_dist.coordinator.preflight import check_first_minibatch, check_gaps, preflight, reference_is_policy
+from rlhf_dist.coordinator.preflight import check_first_minibatch, check_gaps, check_versions, preflight, reference_is_policy
 from rlhf_dist.coordinator.shards import Groups
 from rlhf_dist.engines.process import free_port, start_process_group, stop_process_group
 from rlhf_dist.rewards.sources import guarded
@@ -190,3 +190,11 @@ def test_with_the_samplers_log_probs_the_remedy_is_to_recompute_them() -> None:
 def test_a_step_of_the_value_model_alone_has_no_ratio() -> None:
     report: dict[str, float] = {}
     assert check_first_minibatch(report, "fp32", 0) is None  # type: ignore[func-returns-value]
+
+
+def test_completions_of_another_version_than_was_synced_are_refused(sampled_shard: Any) -> None:
+    shards = [sampled_shard((3, 4)), sampled_shard((2,))]
+    check_versions(shards, 0)
+    with pytest.raises(UserError, match="completions are of policy version 0, the trainer holds version 3") as refused:
+        check_versions(shards, 3)
+    assert "law 8" in refused.value.where

@@ -1,15 +1,11 @@
-"""The coordinator as it is, over ranks that a schedule delays, hangs and kills on a virtual clock: what it commits is what an undisturbed run
-would have."""
+"""The coordinator as it is, over ranks that a schedule delays, hangs and kills on a virtual clock: what it commits is what an undisturbed
+run would have."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import math
-import random
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,198 +14,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rlhf_dist.config.errors import UserError
-from rlhf_dist.config.loading import dump_config
-from rlhf_dist.config.ppo import PPOConfig
-from rlhf_dist.coordinator import lifecycle, ppo, recovery
+from rlhf_dist.coordinator import lifecycle, ppo
 from rlhf_dist.coordinator.pipeline import Pipeline
-from rlhf_dist.coordinator.ppo import PPOCoordinator
-from rlhf_dist.coordinator.shards import Groups, Shard
-from rlhf_dist.runs import summary
+from rlhf_dist.coordinator.shards import Shard
 from rlhf_dist.runs.folder import RunFolder
-from rlhf_dist.runs.metrics import read_metrics
-from rlhf_dist.runs.progress import BufferedReporter
-from rlhf_dist.runs.recorder import Recorder
 from rlhf_dist.runs.saver import Saver
 from rlhf_dist.runs.supervision import rebuild
 
 SCHEDULES = 250
 """Of each of six settings."""
-STEPS, PROMPTS, SAMPLES = 5, 4, 2
-SPENT = "recoveries did not get the run past"
-KINDS = ("kill", "kill", "kill", "hang", "slow", "coordinator", "stop")
-SAME = ("objective/", "rewards/", "rollout/", "eval/", "policy/version", "episode")
-"""Metrics that no fault may change."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Of a run. How it is placed and kept may differ; what it computes depends on the staleness alone.
-
-    rollout: transport to a rollout group; empty: the policy samples. reference: False: the policy speaks for it, as with LoRA.
-    """
-
-    staleness: int = 0
-    rollout: str = ""
-    ranks: int = 2
-    shards: int = 1
-    every: int = 1
-    asynchronous: bool = True
-    restarts: int = 3
-    held_out: int = 0
-    offload: str = "none"
-    reference: bool = True
-
-
-@dataclass
-class Outcome:
-    """What a run left behind: (ledger, weights) of both models, its metrics; and what it went through."""
-
-    policy: Any
-    value: Any
-    lines: list[dict[str, Any]]
-    counts: Counter[str]
-    elapsed: float
-    ends: list[str]
-
-
-class Schedules:
-    """Runs settings over faults, each until it has come to its end."""
-
-    def __init__(self, fakes: SimpleNamespace, config: Callable[[Setting], PPOConfig]) -> None:
-        self.fakes, self._config = fakes, config
-        self.clean = functools.cache(self._clean)
-
-    def _clean(self, staleness: int, held_out: int = 0) -> Outcome:
-        """The same run without any fault."""
-        return self.run(Setting(staleness, held_out=held_out), self.world(0))
-
-    def world(self, seed: int, *given: Any, **named: Any) -> Any:
-        return self.fakes.World(seed, self.fakes.MemoryDisk(), *given, **named)
-
-    def run(self, setting: Setting, world: Any, folder: Path | None = None) -> Outcome:
-        """Whoever started the run starts it again as long as it did not come to its end."""
-        world.max_staleness, world.held_out = setting.staleness, setting.held_out
-        memory = self.fakes.MemoryRecorder(world.disk)
-        recorders = (lambda: memory) if folder is None else (lambda: Recorder(RunFolder.open(folder)))
-        ends: list[str] = []
-        committed = -1
-        while not ends or ends[-1] != "finished":
-            assert len(ends) < 60, f"the run does not end: {ends}"
-            recorder, reporter = recorders(), BufferedReporter()
-            ends.append(self._attempt(setting, world, recorder, reporter))
-            newest = recorder.newest_checkpoint(pytest.fail)
-            step = -1 if newest is None else newest.step
-            assert step >= committed, "what was committed is gone"
-            committed = step
-            said = [event.arguments[0] for event in reporter.drain(0) if event.method == "message"]
-            assert not [text for text in said if text.endswith("is saved") and f"after step {committed} is" not in text]
-            assert not ends[-1].startswith("stopped") or ends[-1] == f"stopped {committed}", "it ended early without its state"
-        lines = read_metrics(folder / "metrics.jsonl") if folder else [{"step": step} | line for step, line in memory.lines]
-        final = [world.disk.read(f"{recorder.export_path(role)}/model") for role in ("policy", "value")]
-        return Outcome(*final, lines, world.counts, world.now, [end.split()[0] for end in ends])
-
-    def _attempt(self, setting: Setting, world: Any, recorder: Any, reporter: BufferedReporter) -> str:
-        recorder.clear_partial()
-        resume = recorder.newest_checkpoint(pytest.fail)
-        groups, world.stopping = self._groups(setting, world), False
-        try:
-            result = PPOCoordinator(self._config(setting), groups, recorder, reporter, resume, lambda: world.stopping).run()
-        except self.fakes.CoordinatorDied:
-            return "died"
-        except UserError as error:
-            assert SPENT in error.what, f"the run ended otherwise: {error}"
-            return "spent"
-        finally:
-            recorder.close()
-            for group in groups.all():
-                group.close()
-        return f"stopped {result['stopped']}" if "stopped" in result else "finished"
-
-    def _groups(self, setting: Setting, world: Any) -> Groups:
-        fakes = self.fakes
-        kinds = {"policy": fakes.FakePolicy, "value": fakes.Trained, "reward": fakes.FakeReward}
-        kinds |= {"reference": fakes.FakeWorker} if setting.reference else {}
-        kinds |= {"rollout": fakes.FakeRollout} if setting.rollout else {}
-        return Groups(**{name: fakes.FakeGroup(world, name, setting.ranks, kind) for name, kind in kinds.items()})
-
-    def check(self, setting: Setting, outcome: Outcome) -> None:
-        """Every sample once, in order, of the version that the schedule says, and the same weights as without a fault."""
-        k, clean = setting.staleness, self.clean(setting.staleness, setting.held_out)
-        once = sorted((n // PROMPTS, n, sample) for n in range(STEPS * PROMPTS) for sample in range(SAMPLES))
-        for (ledger, weights), (_, undisturbed) in ((outcome.policy, clean.policy), (outcome.value, clean.value)):
-            trained = [sample for minibatch in ledger for sample, _ in minibatch]
-            assert sorted(sample[1:4] for sample in trained) == once
-            assert [sample[1] for sample in trained] == sorted(sample[1] for sample in trained)
-            assert all(sample[4] == max(0, sample[1] - k) for sample in trained)
-            assert weights == undisturbed
-        lines = outcome.lines
-        assert [line["step"] for line in lines] == list(range(STEPS + 1)), "each step is recorded once"
-        assert [line["policy/version"] for line in lines[1:]] == list(range(1, STEPS + 1))
-        assert [line["rollout/staleness_max"] for line in lines[1:]] == [min(step, k) for step in range(STEPS)]
-        for line, same in zip(lines, clean.lines, strict=True):
-            for name in same:
-                assert not name.startswith(SAME) or math.isclose(line[name], same[name], rel_tol=1e-9, abs_tol=1e-12), name
-
-    def drawn(self, seed: int, setting: Setting) -> Any:
-        """A world with up to eight faults in about the time that a run takes."""
-        rng, faults, length = random.Random(seed), list[Any](), self.clean(setting.staleness).elapsed
-        roles = [role for role in ("policy", "value", "reward", "reference") if role != "reference" or setting.reference]
-        roles += ["rollout"] * 2 if setting.rollout else []
-        for _ in range(rng.randint(0, 8)):
-            follows = faults and rng.random() < 0.4  # strikes while the run still recovers from another
-            at = faults[-1].at + rng.uniform(0, 10) if follows else rng.uniform(0, 1.5 * length)
-            role = faults[-1].group if follows and rng.random() < 0.5 else rng.choice(roles)
-            late = rng.uniform(0.5, 2.5) * self.fakes.TIMEOUT
-            faults.append(self.fakes.Fault(at, rng.choice(KINDS), role, rng.randrange(setting.ranks), rng.random() < 0.5, late))
-        bad = {role: rng.randint(0, 1) for role in roles if rng.random() < 0.2}
-        return self.world(seed, faults, bad, repeated=0.1)
-
-
-@pytest.fixture(scope="module")
-def schedules(
-    fakes: SimpleNamespace, tiny_run: Callable[[Path], dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Schedules]:
-    base = tiny_run(tmp_path_factory.mktemp("runs"))
-    reward = {"sources": [base["reward"]["sources"][0] | {"normalise": "standardise"}]}  # moments that must not count a step twice
-
-    @functools.cache
-    def config(setting: Setting) -> PPOConfig:
-        rollout = {"prompts_per_step": PROMPTS, "samples_per_prompt": SAMPLES, "max_new_tokens": 12}
-        rollout |= {"max_staleness": setting.staleness, "shards_per_rank": setting.shards}
-        rollout |= {"ranks": setting.ranks, "weight_sync": setting.rollout} if setting.rollout else {}
-        sections = {
-            "run": base["run"] | {"steps": STEPS},
-            "rollout": rollout,
-            "reward": reward,
-            "algorithm": {"epochs": 1, "minibatches": 2, "kl": {"adaptive": True, "horizon": 100}},
-            "checkpoint": {"every": setting.every, "asynchronous": setting.asynchronous},
-            "placement": {"launcher": "ray", "restarts": setting.restarts, "offload": setting.offload},
-            "evaluation": {"every": 2},
-        }
-        return PPOConfig.model_validate(base | sections)
-
-    with pytest.MonkeyPatch.context() as patch:  # of little interest here, and half of the time of a run without models
-        patch.setattr(ppo, "dump_config", lambda _: "")
-        patch.setattr(summary, "_version", functools.cache(summary._version))
-        yield Schedules(fakes, config)
-
-
-def setting_of(seed: int, staleness: int, *, rollout: bool) -> Setting:
-    """Everything else, drawn."""
-    rng = random.Random(-1 - seed)
-    return Setting(
-        staleness,
-        rng.choice(["broadcast", "object_store"]) if rollout else "",
-        ranks=rng.randint(1, 2),
-        shards=rng.randint(1, 2),
-        every=rng.randint(1, 3),
-        asynchronous=rng.random() < 0.7,
-        restarts=rng.randint(0, 4),
-        held_out=rng.choice([0, 0, 2]),
-        offload=rng.choice(["none", "none", "idle"]),
-        reference=rng.random() < 0.8,
-    )
+TELLING = (0, 1, 3, 29, 70)
+"""Seeds that tell a wrong coordinator from the right one sooner than others."""
+ROLES = st.sampled_from(["policy", "value", "reward", "reference", "rollout"])
+FAULT_KINDS = st.sampled_from(["kill", "hang", "slow", "coordinator", "stop"])
+FAULTS = st.tuples(st.floats(0, 150), FAULT_KINDS, ROLES, st.integers(0, 1), st.booleans(), st.floats(50, 250))
 
 
 @contextlib.contextmanager
@@ -223,14 +41,143 @@ def named(what: str) -> Iterator[None]:
 
 @pytest.mark.parametrize("rollout", [False, True], ids=["policy samples", "rollout group"])
 @pytest.mark.parametrize("staleness", [0, 1, 2])
-def test_any_schedule_ends_with_the_weights_of_an_undisturbed_run(schedules: Schedules, staleness: int, rollout: bool) -> None:
+def test_any_schedule_ends_with_the_weights_of_an_undisturbed_run(schedules: Any, staleness: int, rollout: bool) -> None:
     totals: Counter[str] = Counter()
     for seed in range(SCHEDULES):
-        setting = setting_of(seed, staleness, rollout=rollout)
+        setting = schedules.fakes.setting_of(seed, staleness, rollout=rollout)
         with named(f"seed {seed}, {setting}"):
             outcome = schedules.run(setting, schedules.drawn(seed, setting))
             schedules.check(setting, outcome)
         totals += outcome.counts + Counter(outcome.ends)
-    print(dict(totals))
-    assert min(totals[each] for each in (*KINDS, "bad starts", "repeated", "died", "spent", "stopped")) > 10, "a schedule that shows little"
+    assert min(totals[each] for each in (*schedules.fakes.KINDS, "bad starts", "repeated", "died", "spent", "stopped")) > 10, (
+        "a schedule that shows little"
+    )
     assert totals["rebuilt"] > SCHEDULES
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(faults=st.lists(FAULTS, max_size=6), staleness=st.integers(0, 2), transport=st.sampled_from(["", "broadcast", "object_store"]))
+def test_faults_of_any_kind_at_any_time(schedules: Any, faults: list[Any], staleness: int, transport: str) -> None:
+    """The same, found and made small by hypothesis."""
+    setting = schedules.fakes.Setting(staleness, transport)
+    world = schedules.world(0, [schedules.fakes.Fault(*fault) for fault in faults])
+    outcome = schedules.run(setting, world)
+    schedules.check(setting, outcome)
+    assert outcome.counts["coordinator"] == outcome.ends.count("died")
+
+
+@pytest.mark.parametrize(("staleness", "rollout"), [(0, False), (2, True)])
+def test_the_same_on_a_disk(schedules: Any, tmp_path: Path, staleness: int, rollout: bool) -> None:
+    """With the run folder, its metrics and its checkpoints as they are."""
+    for seed in range(4):
+        setting = schedules.fakes.setting_of(seed, staleness, rollout=rollout)
+        world = schedules.drawn(seed, setting)
+        world.disk = schedules.fakes.FolderDisk()
+        folder = RunFolder.create(tmp_path, f"run_{seed}").root
+        with named(f"seed {seed}, {setting}"):
+            schedules.check(setting, schedules.run(setting, world, folder))
+        assert not list((folder / "checkpoints").glob(".*")), "what was half-written is gone"
+        assert sorted(path.stem for path in (folder / "rollouts").iterdir()) == [
+            f"step_{step:06d}" for step in range(1, schedules.fakes.STEPS + 1)
+        ]
+
+
+# --- the property is sharp: a coordinator that is wrong in one place is found out
+
+
+def commits_what_is_not_written(patch: pytest.MonkeyPatch) -> None:
+    def commit(self: Any, *, wait: bool) -> None:
+        if self._on_its_way is not None:
+            done, self._on_its_way = self._on_its_way, None
+            self._recorder.commit_checkpoint(done.step, done.state, done.written, self._keep)
+
+    patch.setattr(Saver, "_commit", commit)
+
+
+def replays_without_rolling_the_value_model_back(patch: pytest.MonkeyPatch) -> None:
+    bring_back = lifecycle.Lifecycle._roll_back
+
+    def alone(self: Any, suspects: Any) -> str:
+        value, self.groups.value.begin_rebuild = self.groups.value, lambda: None
+        try:
+            return bring_back(self, [group for group in suspects if group is not value])
+        finally:
+            del value.begin_rebuild
+
+    load = Saver.load
+
+    def without(self: Any, checkpoint: Any) -> None:
+        groups, self._groups = self._groups, [group for group in self._groups if group.name == "policy" or not group.ranks[0].worker.ledger]
+        load(self, checkpoint)
+        self._groups = groups
+
+    patch.setattr(lifecycle.Lifecycle, "_roll_back", alone)
+    patch.setattr(Saver, "load", without)
+
+
+def goes_on_with_a_model_that_was_started_anew(patch: pytest.MonkeyPatch) -> None:
+    def rebuilt(self: Any, suspects: Any) -> str:
+        rebuild(suspects)
+        self._training = False
+        return "rebuilt"
+
+    patch.setattr(lifecycle.Lifecycle, "_roll_back", rebuilt)
+
+
+def forgets_what_was_pending(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Pipeline, "kept", lambda self, step: {})
+
+
+def samples_again_with_newer_weights(patch: pytest.MonkeyPatch) -> None:
+    def generate(self: Any, step: int, version: int) -> list[Shard]:
+        return asked(self, step, self.state.policy_version)
+
+    asked = ppo.PPOCoordinator._generate
+    patch.setattr(ppo.PPOCoordinator, "_generate", generate)
+    patch.setattr(Pipeline, "kept", lambda self, step: {})
+    patch.setattr(Pipeline, "staleness", lambda self, step, shards: Pipeline(99, 99).staleness(0, []))
+
+
+def keeps_stale_answers(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(lifecycle, "forget_lost", lambda groups, shards: 0)
+    patch.setattr(lifecycle, "lost_rollouts", lambda sampler, pipeline: [])
+
+
+def counts_rewards_twice(patch: pytest.MonkeyPatch) -> None:
+    load = lifecycle.RewardMixer.load_state_dict
+
+    def once(self: Any, state: Any) -> None:
+        if not any(moments["count"] for moments in self.state_dict().values()):
+            load(self, state)
+
+    patch.setattr(lifecycle.RewardMixer, "load_state_dict", once)
+
+
+def does_not_go_back_in_the_metrics(patch: pytest.MonkeyPatch, fakes: SimpleNamespace) -> None:
+    patch.setattr(fakes.MemoryRecorder, "rewind", lambda self, step, position: None)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        commits_what_is_not_written, replays_without_rolling_the_value_model_back, goes_on_with_a_model_that_was_started_anew,
+        forgets_what_was_pending, samples_again_with_newer_weights, keeps_stale_answers, counts_rewards_twice,
+        does_not_go_back_in_the_metrics,
+    ],
+    ids=lambda wrong: wrong.__name__,
+)  # fmt: skip
+def test_a_wrong_coordinator_is_found_out(schedules: Any, wrong: Callable[..., None], fakes: SimpleNamespace) -> None:
+    schedules.clean(1), schedules.clean(1, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        wrong(*(patch, fakes)[: wrong.__code__.co_argcount])
+        found = any(_fault_found(schedules, seed) for seed in (*TELLING, *range(100)))
+    assert found, "a hundred schedules do not tell it from the right one"
+
+
+def _fault_found(schedules: Any, seed: int) -> str:
+    setting = schedules.fakes.setting_of(seed, 1, rollout=seed % 2 == 0)
+    try:
+        schedules.check(setting, schedules.run(setting, schedules.drawn(seed, setting)))
+    except (Exception, pytest.fail.Exception) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -178,3 +179,45 @@ def test_each_models_ranks_get_like_work_by_its_own_costs(local_group: Any, ppo_
         shares = [[lengths[row] for row in rows_of(worker.requests)] for worker in group.workers]  # type: ignore[attr-defined]
         work[group.name] = sorted(sum(s + (s * s if group.name == "value" else 0) for s in share) for share in shares)
     assert work == {"policy": [27, 28], "value": [252, 258]}  # shared out by tokens, the value model's would be 210 and 300
+
+
+def test_what_a_skipped_step_counted_is_left_out_and_its_fault_reported(
+    local_group: Any, ppo_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps 1 and 4 of six: a loss, a gradient. Where each would be written, and how many may be, goes with the request."""
+    update, groups, _ = updater(local_group, ppo_values, ranks=2, target_kl_step=100.0)
+    ask = Trained.update
+
+    def faulty(self: Trained, request: UpdateRequest) -> UpdateInfo:
+        number, info = len(self.requests), ask(self, request)
+        if self.name == "value" or number not in (0, 3):
+            return info
+        tally = Tally()
+        tally.add("policy/approxkl_avg", math.nan, 1)
+        fault = "loss" if number == 0 else "gradient"
+        return UpdateInfo(tally, StepInfo(math.nan, 0.1, skipped=True), 0.0, fault, request.capsule)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Trained, "update", faulty)
+    update._capsule_path = lambda step, name, number: f"{step}/{name}/{number}"
+    report = update.update(4, experience(), {"policy": 2})
+    assert report.faults == {"policy": ["loss", "", "", "gradient", "", ""], "value": [""] * 6}
+    assert report.capsules == [("policy", "5/policy/1"), ("policy", "5/policy/4")]
+    assert report.first == {} and report.policy_steps == 4 and not report.stopped_early and report.unsound == ""
+    assert report.metrics["policy/approxkl_avg"] == pytest.approx(0.1 * (1 + 2 + 4 + 5) / 4)
+    assert report.metrics["policy/skipped_steps"] == 2 / 6 and math.isfinite(report.metrics["policy/grad_norm_max"])
+    asked = {group.name: [(r.capsule, r.capsules) for r in group.workers[0].requests] for group in groups.trained()}  # type: ignore[attr-defined]
+    assert asked["policy"] == [(f"5/policy/{n}", 2) for n in range(1, 7)] and asked["value"][0] == ("5/value/1", 0)
+
+
+def test_steps_that_the_loss_scale_skips_are_no_fault(local_group: Any, ppo_values: dict[str, Any]) -> None:
+    report = updater(local_group, ppo_values, skipped=(0, 3))[0].update(0, experience())
+    assert report.faults["policy"] == [""] * 4 and report.policy_steps == 4 and report.first == {"policy/approxkl_avg": 0.0}
+
+
+def test_a_weight_that_is_not_finite_on_any_rank_is_named(
+    local_group: Any, ppo_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update, groups, _ = updater(local_group, ppo_values, ranks=2)
+    ask, second = Trained.update, groups.trained()[1].workers[1]  # type: ignore[attr-defined]
+    monkeypatch.setattr(Trained, "update", lambda self, r: dataclasses.replace(ask(self, r), unsound="head" if self is second else ""))
+    assert update.update(0, experience()).unsound == "head of the value"
