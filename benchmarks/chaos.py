@@ -6,8 +6,9 @@ A driver that was killed is started again with `run.resume=auto`.
 
     python benchmarks/chaos.py --kills 50
 
-Printed and kept: by victim, how many deaths there were and the seconds until the run was working again (median, lowest to highest);
-whether the final weights are equal bit for bit; whether each sample of each step was trained on exactly once in the lineage that led there.
+Printed and kept: by victim, how many deaths there were, how many were missed (one that has nothing more to do may not be), and the seconds
+that the run stood still for them (median, lowest to highest); whether the final weights are equal bit for bit; whether each sample of each
+step was trained on exactly once in the lineage that led there.
 """
 
 from __future__ import annotations
@@ -171,23 +172,32 @@ def verdict(calm: Path, wild: Path, steps: int) -> dict[str, Any]:
 
 
 def deaths(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each death with the seconds until the run worked again, and how it came back.
-
-    A death that nobody noticed before its step was done (of a process that had nothing more to say) took no time.
-    """
+    """Each death with the seconds that the run stood still for it, and how it came back."""
     found = []
     for number, event in enumerate(events):
-        if event["kind"] != "kill":
-            continue
-        back = next((later for later in events[number + 1 :] if _works_again(later)), None)
-        how = "" if back is None else back["text"].partition(": ")[2] if back["kind"] == "message" else back["kind"]
-        found.append({name: event[name] for name in ("victim", "call", "step", "delay_s")} | {"how": how})
-        found[-1]["seconds"] = None if back is None else back["time"] - event["time"]
+        if event["kind"] == "kill":
+            named = {name: event[name] for name in ("victim", "call", "step", "delay_s")}
+            found.append(named | _way_back(event, events[number + 1 :]))
     return found
 
 
-def _works_again(event: dict[str, Any]) -> bool:
-    return event["kind"] in ("begins", "done") or (event["kind"] == "message" and event["text"].startswith("recovered in"))
+def _way_back(death: dict[str, Any], later: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """From the death, or from the last progress before anybody missed the dead, until the run is at work again."""
+    since, how = death["time"], ""
+    for event in later:
+        text = event.get("text", "")
+        if text.startswith("recovering in"):
+            how = ""
+        elif text.startswith("recovered in"):
+            how = text.partition(": ")[2]
+        elif event["kind"] == "starts":
+            how = f"started again after step {event['step']}"
+        elif not how and event["kind"] in ("begins", "done"):
+            since = event["time"]
+        healed = how.startswith("rebuilt") and "back to" not in how
+        if how and (healed or event["kind"] == "begins" or text.startswith("preflight passed")):
+            return {"how": how, "seconds": event["time"] - since}
+    return {"how": how or "nobody missed it", "seconds": None}
 
 
 def table(found: Sequence[dict[str, Any]]) -> Table:
@@ -195,7 +205,7 @@ def table(found: Sequence[dict[str, Any]]) -> Table:
     by_victim = defaultdict(list)
     for death in found:
         by_victim[death["victim"]].append(death)
-    shown = Table("victim", "deaths", "recovered", "seconds until it works again", "rolled back")
+    shown = Table("victim", "deaths", "missed", "seconds until it works again", "rolled back")
     for victim, them in sorted(by_victim.items()):
         seconds = [death["seconds"] for death in them if death["seconds"] is not None]
         rolled = sum("back to" in death["how"] for death in them)

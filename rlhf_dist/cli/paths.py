@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
+from rlhf_dist.config.errors import UserError
+
 C = TypeVar("C", bound=BaseModel)
 FILES, LISTS, MODELS = ("output_dir", "deepspeed", "python"), ("train", "eval"), ("model",)
 
@@ -38,12 +40,19 @@ def _section(section: dict[str, Any], base: Path) -> None:
 
 
 def _file(path: str, base: Path) -> str:
-    return str(base / Path(path).expanduser()) if path else path
+    return str(base / _at_home(path)) if path else path
+
+
+def _at_home(path: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError("there is no such user, or the user has no home folder", where=path, fix="write the path out") from None
 
 
 def _model(name: str, base: Path) -> str:
     """A folder becomes absolute; what is no folder may be a hub name."""
-    path = base / Path(name).expanduser()
+    path = base / _at_home(name)
     return str(path) if name and path.is_dir() else name
 
 
@@ -51,6 +60,6 @@ def _source(source: dict[str, Any], base: Path) -> None:
     if source["kind"] == "model":
         source["model"] = _model(source["model"], base)
         return
-    module, separator, function = source["path"].rpartition(":")
+    module, separator, function = source.get("path", "").rpartition(":")  # an endpoint has none
     if separator and module.endswith(".py"):
         source["path"] = f"{_file(module, base)}:{function}"

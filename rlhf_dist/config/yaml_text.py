@@ -6,6 +6,7 @@ and raises whatever Python raises at numbers, dates and depths that are too much
 
 from __future__ import annotations
 
+import unicodedata
 from typing import Any
 
 import yaml
@@ -22,8 +23,8 @@ def read_yaml(text: str) -> Any:
     """The values of one YAML document; None where it is empty.
 
     Raises:
-        ValueError: no YAML, or with a key twice, a tag, a NUL, half a surrogate pair, a value that is no number or date though it looks
-            like one, too many values or levels.
+        ValueError: no YAML, or with a key twice, a tag, a control character, half a surrogate pair, too many values or levels, or what
+            looks like a number or a date and is none.
     """
     loader = None
     try:
@@ -66,8 +67,8 @@ def _check(node: Any, sizes: dict[int, int], depth: int) -> int:
 
 
 def _check_text(node: yaml.ScalarNode) -> None:
-    if "\0" in node.value or any("\ud800" <= letter <= "\udfff" for letter in node.value):
-        raise ValueError(f"a NUL or half a surrogate pair{_line(node)}")
+    if any(unicodedata.category(letter) in ("Cc", "Cs") and letter not in "\t\r\n" for letter in node.value):
+        raise ValueError(f"a control character or half a surrogate pair{_line(node)}")
 
 
 def _check_keys(node: Any) -> None:

@@ -121,7 +121,9 @@ def generate(sampler: WorkerGroup, batch: Batch, version: int, shards_per_rank: 
     rounds = []
     for number in range(shards_per_rank):  # rank r holds the contiguous shards r·k to r·k + k − 1
         rounds.append(sampler.submit(SamplingRole.generate, [(request,) for request in requests[number::shards_per_rank]]))
-    return [Shard(rounds[number][rank], batch.stream, batch.step) for rank in range(sampler.world_size) for number in range(shards_per_rank)]
+    return [
+        Shard(rounds[number][rank], batch.stream, batch.step) for rank in range(sampler.world_size) for number in range(shards_per_rank)
+    ]
 
 
 def score(groups: Groups, shards: Sequence[Shard], *, with_value: bool) -> None:

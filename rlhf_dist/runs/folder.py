@@ -31,11 +31,16 @@ class RunFolder:
         """Makes `output_dir/name`, absolute, because workers may stand in another folder. With `resume` a run's folder stays as it is.
 
         Raises:
-            UserError: the folder holds something and `overwrite` is off, or it is not a run folder, or it cannot be written.
+            UserError: the folder holds something and `overwrite` is off, or it is not a run folder, or it cannot be written, or it is a
+                link that leads elsewhere.
         """
         if name in ("", ".", "..") or Path(name).name != name:
             raise UserError(f"{name!r} cannot name a run folder", where="run.name", fix="use letters, digits, '_', '-' and '.'")
         root = Path(output_dir).expanduser().absolute() / name
+        if not root.resolve().is_relative_to(root.parent.resolve()):
+            raise UserError(
+                "the run folder is a link that leads out of run.output_dir", where=str(root), fix="set run.output_dir to where it leads"
+            )
         try:
             if root.exists() and not (resume and (root / MARKER).is_file()):
                 _make_room(root, overwrite)
@@ -187,7 +192,7 @@ def _make_room(root: Path, overwrite: bool) -> None:
 
 
 def _empty(root: Path) -> None:
-    """The contents go, not the folder: it may be a mount or a link. The marker stays, so that a second try after a failure still works."""
+    """The contents go, not the folder: it may be a mount. The marker stays, so that a second try after a failure still works."""
     for child in root.iterdir():
         if child.is_dir() and not child.is_symlink():
             shutil.rmtree(child)

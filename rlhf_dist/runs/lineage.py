@@ -14,7 +14,7 @@ from rlhf_dist.config.yaml_text import read_yaml
 
 CONFIG = "config.yaml"
 FREE = (
-    "run.output_dir", "run.overwrite", "run.resume",
+    "run.name", "run.output_dir", "run.overwrite", "run.resume",
     "*.ranks", "*.cpus_per_rank", "*.gpus_per_rank", "*.deepspeed", "*.microbatch_tokens", "*.packing", "*.attention",
     "*.gradient_checkpointing", "*.trust_remote_code",
     "placement.*", "checkpoint.*", "sentinels.*", "rollout.slots", "rollout.shards_per_rank", "rollout.weight_sync", "rollout.python",

@@ -28,7 +28,9 @@ def write_shard(folder: Path, number: int, batch: ExperienceBatch, info: Rollout
     values = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
     for name, column in batch.columns.items():
         _check_column(name, column)
-    tensors = {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in values.items() if isinstance(value, Tensor)}
+    tensors = {
+        name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in values.items() if isinstance(value, Tensor)
+    }
     save_file(tensors, _tensors(folder, number))  # of copies: it refuses tensors that share memory, as two masks may
     text = {"prompts": batch.prompts, "completions": batch.completions, "columns": batch.columns, "info": dataclasses.asdict(info)}
     _text(folder, number).write_text(json.dumps(text), encoding="utf-8")

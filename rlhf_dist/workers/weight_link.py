@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlhf_dist.config.errors import UserError
+from rlhf_dist.contracts.group import Late
 from rlhf_dist.contracts.weights import Link, SyncInfo
 from rlhf_dist.workers.weight_bucket import Slot, fill, room_for, slots_of, views
 from rlhf_dist.workers.weight_carriers import carrier_of
@@ -159,7 +159,7 @@ def blaming(peer: str, what: str, link: Link) -> Iterator[None]:
     """Turns the failure of a wait, or of the connection, into an error that names the other side.
 
     Raises:
-        UserError: in place of what torch raised.
+        Late: in place of what torch raised: whoever supervises both sides may start the other one anew.
     """
     try:
         yield
@@ -169,4 +169,4 @@ def blaming(peer: str, what: str, link: Link) -> Iterator[None]:
             "its process may have died or hang: see the Ray logs; another transport (rollout.weight_sync) may suit this cluster; "
             f"the wait ends after {link.timeout_s:g} s, part of placement.call_timeout_s"
         )
-        raise UserError(f"{what}: {reason}", where=f"weight sync by {link.transport}, {peer}", fix=fix) from error
+        raise Late(f"{what}: {reason}", where=f"weight sync by {link.transport}, {peer}", fix=fix) from error

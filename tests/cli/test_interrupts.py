@@ -87,7 +87,12 @@ class Command:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
+
+    def interrupt(self) -> None:
+        """Ctrl-C in a terminal: every process of the group gets it, those that Ray started too."""
+        os.killpg(self.process.pid, signal.SIGINT)
 
     def steps(self) -> list[int]:
         path = self.root / "metrics.jsonl"
@@ -155,7 +160,10 @@ def test_a_real_run_ends_with_its_state_saved_and_leaves_no_process(
 ) -> None:
     run = begun(launcher)
     run.wait_for_step(1)
-    run.process.send_signal(number)
+    if number == signal.SIGINT:
+        run.interrupt()
+    else:
+        run.process.send_signal(number)
     code, said = run.ended()
     assert code == status, said[-3000:]
     done = run.steps()[-1]
@@ -182,3 +190,13 @@ def test_a_second_ctrl_c_ends_a_real_run_in_seconds(begun: Callable[..., Command
     assert code == 130 and "Traceback" not in said, said[-3000:]
     assert time.monotonic() - began < 40
     assert run.left_behind() == []
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_killed_driver_takes_its_cluster_along(begun: Callable[..., Command]) -> None:
+    """Nothing is left that trains on, and writes into the folder that the next try goes on in."""
+    run = begun("ray")
+    run.wait_for_step(1)
+    run.process.kill()
+    assert run.ended()[0] == -signal.SIGKILL and run.left_behind() == []

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from rlhf_dist.cli.paths import with_absolute_paths
+from rlhf_dist.config.errors import UserError
 from rlhf_dist.config.ppo import PPOConfig
 
 
@@ -60,3 +61,14 @@ def test_the_home_folder_and_the_current_one(ppo_values: dict[str, Any], tmp_pat
 def test_nothing_else_changes(ppo_values: dict[str, Any]) -> None:
     config = config_of(ppo_values)
     assert with_absolute_paths(config, Path("/base")) == config  # all of its paths are absolute already
+
+
+def test_an_endpoint_has_no_path(ppo_values: dict[str, Any], tmp_path: Path) -> None:
+    source = {"name": "h", "kind": "http", "url": "http://127.0.0.1:1/score"}
+    found = with_absolute_paths(config_of(ppo_values, reward={"sources": [source]}), tmp_path)
+    assert found.reward.sources[0].url == source["url"]  # type: ignore[union-attr]
+
+
+def test_the_home_of_nobody(ppo_values: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such user"):
+        with_absolute_paths(config_of(ppo_values, run={"output_dir": "~nobody-of-this-name/runs"}), tmp_path)

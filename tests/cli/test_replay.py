@@ -1,4 +1,4 @@
-"""Steps that are not finite, in whole runs through the command line: skipped, written down, replayed; the run stops when they do not end."""
+"""Steps that are not finite, in whole runs through the command line: skipped, written down, replayed; too many end the run."""
 
 from __future__ import annotations
 

@@ -86,7 +86,17 @@ def methods(protocol):
 
 
 def test_the_contract_is_its_verbs():
-    verbs = {"forward", "forward_backward", "optimizer_step", "unsound_weights", "export_weights", "begin_save", "saved", "load", "any_rank"}
+    verbs = {
+        "forward",
+        "forward_backward",
+        "optimizer_step",
+        "unsound_weights",
+        "export_weights",
+        "begin_save",
+        "saved",
+        "load",
+        "any_rank",
+    }
     assert set(methods(Engine)) == verbs
 
 

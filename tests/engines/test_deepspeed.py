@@ -24,6 +24,7 @@ from rlhf_dist.contracts.experience import SequenceBatch
 from rlhf_dist.contracts.tally import Tally
 from rlhf_dist.engines import deepspeed
 from rlhf_dist.engines.deepspeed import DeepSpeedEngine, Training
+from rlhf_dist.engines.fragments import fragments
 from rlhf_dist.engines.offload import weight_storages
 from rlhf_dist.engines.process import Rank
 from rlhf_dist.engines.state_files import write_pieces
@@ -536,3 +537,44 @@ def test_an_engine_that_only_runs_forward_rests_too(engine_of) -> None:
     before = engine.forward([batch()])[0]["logprobs_BT"]
     assert engine.rest() == 0 and engine.rest(weights=True) > 0
     assert torch.equal(engine.forward([batch()])[0]["logprobs_BT"], before)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_loss_that_is_not_finite_is_not_stepped_on_though_its_gradient_is(stage: int, engine_of) -> None:
+    engine = engine_of(stage, optim=OptimSection(lr=1e-2, schedule="constant"))
+    before = exported(engine)
+    for bad in (math.inf, math.nan):
+        engine.forward_backward(
+            [batch(), batch(1)], lambda outputs, rows, bad=bad: (objective(outputs, rows)[0] + bad, Tally()), DENOMINATOR
+        )
+        step = engine.optimizer_step()
+        assert step.skipped and not step.overflow and engine.unsound_weights() == ""
+    assert all(torch.equal(weight, before[name]) for name, weight in exported(engine).items())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_weight_that_is_not_finite_is_named(stage: int, engine_of) -> None:
+    engine = engine_of(stage, optim=OptimSection(lr=1e-2))
+    assert engine.unsound_weights() == "" and engine.any_rank(True) and not engine.any_rank(False)
+    owned = fragments(engine.module, engine._engine.optimizer, stage)
+    for bad in (math.nan, math.inf, -math.inf):
+        owned[2].weight[-1] = bad
+        assert engine.unsound_weights() == owned[2].name
+        owned[2].weight[-1] = 0.0
+    owned[0].weight[:2] = 3e38  # their sum overflows
+    assert engine.unsound_weights() == ""
+
+
+def test_the_end_of_the_loss_scale_is_said_in_words(engine_of, monkeypatch) -> None:
+    engine = engine_of(0, optim=OptimSection(lr=1e-2))
+
+    def ended(text: str) -> None:
+        raise Exception(text)
+
+    engine.forward_backward([batch()], objective, DENOMINATOR)
+    monkeypatch.setattr(engine._engine, "step", lambda: ended("Current loss scale already at minimum - cannot decrease scale anymore."))
+    with pytest.raises(UserError, match="overflows in fp16 even at the smallest loss scale"):
+        engine.optimizer_step()
+    monkeypatch.setattr(engine._engine, "step", lambda: ended("another"))
+    with pytest.raises(Exception, match="another"):
+        engine.optimizer_step()

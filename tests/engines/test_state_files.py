@@ -14,7 +14,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.engines.state_files import (
@@ -161,6 +162,16 @@ def test_mutated_files_are_refused_or_read_and_never_a_traceback(tmp_path: Path)
             refused += 1
         path.write_bytes(whole)
     assert 130 < refused < 400
+
+
+def test_tensors_that_the_file_does_not_account_for_are_not_left_out(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path)
+    with safe_open(folder / rank_file(0), framework="pt") as file:
+        metadata = file.metadata()
+    held = load_file(folder / rank_file(0))
+    save_file(held | {"weight.more": torch.zeros(2)}, folder / rank_file(0), metadata)
+    with pytest.raises(UserError, match="other tensors than it says"):
+        SavedState(folder)
 
 
 def test_a_full_disk_leaves_nothing_and_says_so(tmp_path: Path) -> None:

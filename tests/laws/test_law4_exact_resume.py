@@ -20,7 +20,7 @@ from rlhf_dist.cli.main import main
 from rlhf_dist.runs.metrics import read_metrics
 from rlhf_dist.runs.rollout_log import read_rollouts
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 MORTAL = Path(__file__).parent / "programs" / "mortal.py"
 BESIDE = ("perf/", "time", "coordinator/", "weight_sync/seconds")
 """Metrics of how the run went, not of what it learnt: seconds, bytes through the coordinator, recoveries."""

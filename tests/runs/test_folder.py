@@ -99,3 +99,35 @@ def test_a_run_that_recorded_something_is_never_cleared(tmp_path: Path) -> None:
     folder.metrics.write_text('{"step": 0}\n')
     assert not folder.clear_unused()
     assert folder.metrics.is_file()
+
+
+def test_a_run_that_goes_on_keeps_its_folder(tmp_path: Path) -> None:
+    first = RunFolder.create(tmp_path, "a", resume=True)
+    first.write_config("run: {}\n")
+    assert RunFolder.create(tmp_path, "a", resume=True) == first and first.config.read_text() == "run: {}\n"
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "precious").touch()
+    with pytest.raises(UserError, match="not empty"):
+        RunFolder.create(tmp_path, "foreign", resume=True)
+
+
+def test_what_came_after_a_step_is_forgotten(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path, "a")
+    for step in (0, 1, 2, 10):
+        folder.rollouts_path(step).touch()
+        folder.evaluation_path(step).touch()
+    folder.summary.touch()
+    (folder.rollouts / "mine.txt").touch()
+    folder.forget_after(1)
+    assert sorted(path.name for path in folder.rollouts.iterdir()) == ["mine.txt", "step_000000.parquet", "step_000001.parquet"]
+    assert len(list(folder.evaluation.iterdir())) == 2 and not folder.summary.exists()
+    folder.forget_after(-1)
+    assert [path.name for path in folder.rollouts.iterdir()] == ["mine.txt"]
+
+
+def test_going_back_forgets_the_capsules_of_later_steps(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path, "a")
+    for name in ("step_000002_policy_01", "step_000003_policy_11", "step_000010_value_01"):
+        (folder.capsules / name / "model").mkdir(parents=True)
+    folder.forget_after(2)
+    assert [path.name for path in folder.capsules.iterdir()] == ["step_000002_policy_01"]

@@ -103,3 +103,36 @@ def test_reading_names_the_bad_line(tmp_path: Path) -> None:
         read_metrics(path)
     with pytest.raises(UserError, match="cannot read"):
         read_metrics(tmp_path / "absent.jsonl")
+
+
+def test_rewound_lines_are_gone_and_what_comes_then_stands_once(folder: RunFolder, writer: MetricsWriter) -> None:
+    writer.write(1, {"a": 1.0})
+    position = writer.position
+    for step in (2, 3):
+        writer.write(step, {"a": float(step)})
+    writer.rewind(1, position)
+    assert [record["step"] for record in read_metrics(folder.metrics)] == [1] and writer.position == position
+    writer.write(2, {"a": 20.0})
+    assert [record["a"] for record in read_metrics(folder.metrics)] == [1.0, 20.0]
+    writer.close()
+    assert scalars(folder, "a") == [(1, 1.0), (2, 20.0)], "TensorBoard shows each step once too"
+
+
+def test_a_line_that_was_cut_by_a_death_is_rewound_too(folder: RunFolder) -> None:
+    writer = MetricsWriter(folder)
+    writer.write(1, {"a": 1.0})
+    position = writer.position
+    writer.close()
+    with folder.metrics.open("a") as file:
+        file.write('{"step": 2, "a"')
+    again = MetricsWriter(folder)
+    again.rewind(1, position)
+    again.write(2, {"a": 2.0})
+    again.close()
+    assert [record["step"] for record in read_metrics(folder.metrics)] == [1, 2]
+
+
+def test_metrics_that_are_shorter_than_the_checkpoint_says_are_another_runs(writer: MetricsWriter) -> None:
+    writer.write(1, {"a": 1.0})
+    with pytest.raises(UserError, match="the checkpoint was taken when they had 10000"):
+        writer.rewind(1, 10_000)

@@ -26,6 +26,7 @@ def test_everything_goes_to_its_place(tmp_path: Path, ppo_values: dict[str, Any]
     assert recorder.evaluation_path(0) == str(folder.evaluation / "step_000000.parquet")
     assert recorder.export_path("policy") == str(folder.export_policy) and recorder.export_path("value") == str(folder.export_value)
     assert recorder.report_path() == str(folder.report)
+    assert recorder.capsule_path(3, "policy", 2) == str(folder.root / "capsules" / "step_000003_policy_02")
     recorder.close()
     recorder.close()
     assert folder.config.is_file()  # a run that recorded something keeps its folder
@@ -56,6 +57,7 @@ def test_a_rank_without_a_folder_writes_nothing(tmp_path: Path, ppo_values: dict
         recorder.report_path(),
         recorder.rollouts_path(1),
         recorder.evaluation_path(1),
+        recorder.capsule_path(1, "policy", 1),
         recorder.begin_checkpoint(1),
         recorder.export_path("policy"),
     } == {""}

@@ -28,6 +28,14 @@ states = st.builds(
     best_step=st.none() | counts,
     dropped=st.dictionaries(st.text(), counts, max_size=3),
     optimizer_steps=counts,
+    kl=st.none() | floats,
+    held_out=mixers,
+    yardstick=mixers,
+    metrics_bytes=counts,
+    seconds=st.dictionaries(st.text(), st.dictionaries(st.text(), floats, max_size=3), max_size=3),
+    tokens=st.dictionaries(st.text(), counts, max_size=3),
+    weights=counts,
+    pending=st.dictionaries(st.integers(0, 10**17).map(str), counts, max_size=3),
 )
 
 

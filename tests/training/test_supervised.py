@@ -10,11 +10,13 @@ import pytest
 
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.config.sft import SFTConfig
-from rlhf_dist.contracts.engine import StepInfo
+from rlhf_dist.contracts.engine import SavedFile, StepInfo
 from rlhf_dist.contracts.flops import FlopModel
+from rlhf_dist.contracts.group import Late, Lost, RankReport
 from rlhf_dist.contracts.roles import UpdateInfo, UpdateRequest
 from rlhf_dist.contracts.supervised import RowFacts
 from rlhf_dist.contracts.tally import Tally
+from rlhf_dist.runs.checkpoints import hash_of
 from rlhf_dist.runs.folder import RunFolder
 from rlhf_dist.runs.metrics import read_metrics
 from rlhf_dist.runs.progress import NullReporter
@@ -150,3 +152,159 @@ def test_ranks_get_like_work_by_what_the_rows_cost(tmp_path: Path, monkeypatch: 
         rows = [[row for cut in request.microbatches for row in cut] for request in group.updates[0]]
         found.append(sorted(sum(lengths[row] + lengths[row] ** 2 for row in share) for share in rows))
     assert found == [[210, 300], [252, 258]]
+
+
+class Mortal(Counting):
+    """Saves how many updates it has taken, which its loss shows. failures: before the n-th update that it is asked for, this is raised."""
+
+    def __init__(self, failures: dict[int, Lost]) -> None:
+        super().__init__(8, [])
+        self.taken, self.asked, self.failures, self.rebuilt, self.loaded = 0, 0, failures, 0, [""]
+        self.path: Path | None = None
+        self.slow = self.still_there = False
+
+    def update(self, requests: list[UpdateRequest]) -> list[UpdateInfo]:
+        self.asked += 1
+        if self.asked in self.failures:
+            raise self.failures[self.asked]
+        self.taken += 1
+        self.updates.append(requests)
+        tally = Tally()
+        tally.add("loss", float(self.taken), 1.0)
+        return [UpdateInfo(tally, StepInfo(0.5, 0.1), 0.0)] * 2
+
+    def begin_save(self, folders: list[str]) -> list[None]:
+        self.path = Path(folders[0]) / "taken"
+        self.path.parent.mkdir()
+        self.path.write_text(str(self.taken))
+        return [None, None]
+
+    def saved(self, waits: list[bool]) -> list[tuple[SavedFile, ...] | None]:
+        if self.slow:
+            return [None, ()]
+        assert self.path is not None
+        return [(SavedFile("taken", self.path.stat().st_size, hash_of(self.path)),), ()]
+
+    def load_state(self, folders: list[str]) -> list[None]:
+        self.loaded.append(Path(folders[0]).parent.name)
+        self.taken = int((Path(folders[0]) / "taken").read_text())
+        return [None, None]
+
+    def begin_rebuild(self) -> None:
+        self.still_there = self.path is not None and self.path.exists()
+        self.taken = 0
+        self.rebuilt += 1
+
+    def finish_start(self) -> None:
+        if "while it loads" in self.failures and self.rebuilt == 1:  # type: ignore[comparison-overlap]
+            raise Lost("died while it loaded", where="model rank 0")
+
+    def alive(self) -> bool:
+        return True
+
+    def intact(self, handles: Any) -> bool:
+        return True
+
+    def census(self) -> list[RankReport]:
+        return [RankReport(0, True, "here", "update", 1, 1.0, "stack of rank 0"), RankReport(1, False)]
+
+    def close(self) -> None:
+        pass
+
+
+DEAD, STUCK = Lost("a worker process died", where="model rank 1, update"), Late("no answer within 1 s", where="model rank 0, update")
+
+
+def loop_of(
+    folder: RunFolder, group: Mortal, said: list[str], restarts: int = 3, every: int = 2, asynchronous: bool = False, **options: Any
+) -> tuple[SupervisedLoop, Recorder]:
+    class Said(NullReporter):
+        def message(self, text: str) -> None:
+            said.append(text)
+
+    values = {"data": {"train": "x"}, "model": {"model": "m"}, "training": {"batch_size": 2, "epochs": 2}}
+    values |= {"checkpoint": {"every": every, "asynchronous": asynchronous}, "placement": {"restarts": restarts}}
+    recorder = Recorder(folder)
+    stage = Stage("sft", "eval/loss")
+    return SupervisedLoop(stage, SFTConfig.model_validate(values), group, recorder, Said(), **options), recorder  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder.create(tmp_path, "run")
+
+
+def losses(folder: RunFolder) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in read_metrics(folder.metrics)]
+
+
+WHOLE = [(step, float(step)) for step in range(1, 9)]
+
+
+@pytest.mark.parametrize(("dies_at", "from_step"), [(1, ""), (2, ""), (3, "step_000002"), (6, "step_000004"), (8, "step_000006")])
+def test_a_death_goes_back_to_the_last_checkpoint_and_every_step_stands_once(folder: RunFolder, dies_at: int, from_step: str) -> None:
+    group, said = Mortal({dies_at: DEAD}), []  # type: ignore[var-annotated]
+    summary = loop_of(folder, group, said)[0].run()
+    assert losses(folder) == WHOLE and summary["steps"] == 8 and group.rebuilt == 1
+    assert group.loaded[-1] == from_step
+    assert said[0] == f"recovering in step {dies_at}, train: a worker process died (model rank 1, update)"
+    rows = [[cut for request in requests for cut in request.microbatches] for requests in group.updates]
+    other = Mortal({})
+    loop_of(RunFolder.create(folder.root.parent, "calm"), other, [])[0].run()
+    assert rows[-1] == [cut for request in other.updates[-1] for cut in request.microbatches]
+
+
+def test_a_stuck_group_is_reported_and_one_that_dies_while_it_loads_is_started_again(folder: RunFolder) -> None:
+    group, said = Mortal({3: STUCK, "while it loads": DEAD}), []  # type: ignore[dict-item,var-annotated]
+    loop_of(folder, group, said)[0].run()
+    assert losses(folder) == WHOLE and group.rebuilt == 2
+    (report,) = folder.reports.iterdir()
+    text = report.read_text()
+    assert all(part in text for part in ("no answer within 1 s", "step 3, train", "stack of rank 0", "rank 1", "NO SIGN OF LIFE"))
+    assert any(str(report) in each for each in said)
+
+
+def test_what_is_half_written_goes_when_its_writers_have(folder: RunFolder) -> None:
+    """A rank that lives on writes until it is ended: its folder must not be removed under it."""
+    group = Mortal({3: DEAD})
+    group.slow = True
+    loop, recorder = loop_of(folder, group, [], asynchronous=True)
+    recorder.rewind(-1, 0)
+    begin = group.begin_rebuild
+
+    def rebuilt() -> None:
+        begin()
+        group.slow = False
+
+    group.begin_rebuild = rebuilt  # type: ignore[method-assign]
+    loop.run()
+    assert group.still_there and group.loaded == [""] and losses(folder) == WHOLE
+    assert not list(folder.checkpoints.glob(".*"))
+
+
+def test_restarts_that_do_not_get_further_are_bounded(folder: RunFolder) -> None:
+    group, said = Mortal({asked: DEAD for asked in range(3, 50)}), []  # type: ignore[var-annotated]
+    with pytest.raises(UserError, match="2 recoveries did not get the run past step 2") as caught:
+        loop_of(folder, group, said, restarts=2)[0].run()
+    assert "run.resume=auto" in caught.value.fix and group.rebuilt == 2
+    assert [path.name for path in folder.checkpoints.iterdir()] == ["step_000002"], "its state is saved"
+
+
+def test_deaths_between_which_it_gets_further_are_forgiven(folder: RunFolder) -> None:
+    group = Mortal({asked: DEAD for asked in (3, 6, 9)})
+    loop_of(folder, group, [], restarts=1)[0].run()
+    assert losses(folder) == WHOLE and group.rebuilt == 3
+
+
+@pytest.mark.parametrize("every", [0, 2])
+def test_one_that_is_asked_to_stop_saves_and_goes_on_later(folder: RunFolder, every: int) -> None:
+    group: Mortal = Mortal({})
+    loop, _ = loop_of(folder, group, [], every=every, stopping=lambda: group.taken == 5)
+    assert loop.run() == {"stopped": 5} and losses(folder) == WHOLE[:5] and not folder.summary.exists()
+    later, said = Mortal({}), []  # type: ignore[var-annotated]
+    recorder = Recorder(folder)
+    checkpoint = recorder.newest_checkpoint(said.append)
+    recorder.close()
+    assert checkpoint is not None and checkpoint.step == 5
+    loop_of(folder, later, said, resume=checkpoint)[0].run()
+    assert losses(folder) == WHOLE and len(later.updates) == 3 and "resumed after step 5" in said[0]

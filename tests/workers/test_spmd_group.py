@@ -9,7 +9,7 @@ import pytest
 
 from rlhf_dist.contracts.group import Stored
 from rlhf_dist.engines.process import Rank
-from rlhf_dist.workers.spmd_group import SpmdGroup, agree, deliver
+from rlhf_dist.workers.spmd_group import SpmdGroup, agree, any_rank, deliver
 
 ALONE = Rank(0, 1, 0, "cpu")
 PROGRAMS = Path(__file__).parents[1] / "distributed" / "programs"
@@ -58,6 +58,10 @@ def test_agree_computes_on_the_first_rank() -> None:
     assert agree(ALONE, lambda: 5) == 5
 
 
+def test_alone_any_rank_is_this_one() -> None:
+    assert any_rank(ALONE, True) and not any_rank(ALONE, False)
+
+
 @pytest.mark.distributed
 def test_over_two_ranks_records_and_payloads_cross(run_ranks: Any) -> None:
     answers = run_ranks(PROGRAMS / "spmd_exchange.py", 2)
@@ -65,3 +69,4 @@ def test_over_two_ranks_records_and_payloads_cross(run_ranks: Any) -> None:
     assert [answer["sum"] for answer in answers] == [[21 + 0, 21 + 1]] * 2
     assert [answer["agreed"] for answer in answers] == ["from rank 0"] * 2
     assert [answer["disagreed"] for answer in answers] == ["ValueError", "SystemExit"], "the user reads a failure once"
+    assert [answer["stopping"] for answer in answers] == [[True, False]] * 2, "asked on one rank, all stop at the same step"

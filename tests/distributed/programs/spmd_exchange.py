@@ -5,7 +5,7 @@ import os
 
 from rlhf_dist.contracts.group import Stored
 from rlhf_dist.engines.process import start_process_group, stop_process_group
-from rlhf_dist.workers.spmd_group import SpmdGroup, agree
+from rlhf_dist.workers.spmd_group import SpmdGroup, agree, any_rank
 
 
 class Worker:
@@ -35,5 +35,6 @@ try:
 except (ValueError, SystemExit) as error:
     disagreed = type(error).__name__
 agreed = agree(rank, lambda: f"from rank {rank.rank}")
+stopping = [any_rank(rank, rank.rank == 1), any_rank(rank, False)]
 stop_process_group()
-print(json.dumps({"records": records, "sum": added, "agreed": agreed, "disagreed": disagreed}))
+print(json.dumps({"records": records, "sum": added, "agreed": agreed, "disagreed": disagreed, "stopping": stopping}))
