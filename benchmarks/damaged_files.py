@@ -222,7 +222,7 @@ class Cases:
         theirs = dict(leaves(yaml.safe_load(path.read_bytes().decode())))
         ours = dict(leaves(yaml.safe_load(before)))
         differing = {name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)}
-        if differing != {each.split(":", 1)[0] for each in changed}:
+        if len(differing) != len(changed) or not all(any(each.startswith(f"{name}: ") for each in changed) for name in differing):
             raise BadData(f"{differing} differ, {changed} are said to")
         return "consistent" if changed else "equal"
 

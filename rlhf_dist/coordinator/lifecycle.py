@@ -223,7 +223,7 @@ class Lifecycle(ABC):
         if lost.late:
             step = self.state.step
             text, stuck = stuck_report(lost, self.groups.all(), f"step {step + 1}, phase {self._phase_name}")
-            path = self.recorder.stuck(f"stuck_step_{step + 1:06d}_{self._recoveries}", text)
+            path = self.recorder.stuck(f"stuck_step_{step + 1:06d}", text)
             self.reporter.message(f"stuck: what every process is at stands in {path}")
             if self._phase_name == "sync" and self.groups.rollout is not None:  # the two sides no longer agree on which bucket is next
                 stuck.append(self.groups.rollout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -118,10 +119,11 @@ class Recorder:
         return str(self.folder.report) if self.folder else ""
 
     def stuck(self, name: str, text: str) -> str:
-        """Writes what was seen of stuck processes; returns the path."""
+        """Writes what was seen of stuck processes, beside what was seen earlier; returns the path."""
         if not self.folder:
             return ""
-        path = self.folder.reports / f"{name}.txt"
+        reports = self.folder.reports
+        path = next(path for n in itertools.count(1) if not (path := reports / f"{name}_{n}.txt").exists())
         write_text(path, text)
         return str(path)
 

@@ -202,7 +202,7 @@ class SupervisedLoop:
         while True:
             if lost.late:
                 text, _ = stuck_report(lost, [self.group], self._where)
-                path = self.recorder.stuck(f"stuck_step_{self._done + 1:06d}_{self._recoveries}", text)
+                path = self.recorder.stuck(f"stuck_step_{self._done + 1:06d}", text)
                 self.reporter.message(f"stuck: what every process is at stands in {path}")
             self._budget_of_restarts.charge(self._done, lost)
             self._recoveries += 1

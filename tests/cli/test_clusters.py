@@ -37,3 +37,23 @@ def test_strangers_stay_outside() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], env=environment, capture_output=True, text=True, timeout=240)
     assert done.stdout.strip().endswith("alone"), done.stdout + done.stderr
+
+
+def test_a_cluster_that_is_not_there_or_asks_for_a_token_is_a_message() -> None:
+    program = """
+        import ray
+        from rlhf_dist.cli.clusters import cluster
+        from rlhf_dist.config.errors import UserError
+        try:
+            with cluster([]):
+                pass
+        except UserError as error:
+            print(error)
+    """
+    for address in ("127.0.0.1:1", "nonsense"):
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"PYTHONPATH": str(ROOT)}
+        environment["RAY_ADDRESS"] = address
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(program)], env=environment, capture_output=True, text=True, timeout=240
+        )
+        assert f"cannot join the Ray cluster at {address}" in done.stdout and "RAY_AUTH_MODE" in done.stdout, done.stdout + done.stderr
