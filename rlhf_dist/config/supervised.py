@@ -15,6 +15,11 @@ class TrainingSection(Section):
     epochs: int = Field(1, ge=1, description="passes over the training rows, each in a fresh order")
     batch_size: int = Field(32, ge=1, description="rows in one optimizer step, over all ranks")
     max_steps: int | None = Field(None, ge=1, description="end after so many optimizer steps, even within an epoch")
+    max_skipped: int = Field(
+        3,
+        ge=1,
+        description="steps skipped in a row, because loss or gradient is not finite, that stop the run; fp16 overflows do not count",
+    )
     evaluate_every: int = Field(0, ge=0, description="optimizer steps between evaluations; 0: before, after each epoch, and at the end")
 
     def steps_per_epoch(self, rows: int) -> int:

@@ -106,6 +106,7 @@ class SupervisedLoop:
         self._every, self._budget_of_restarts = values.checkpoint.every, Budget(values.placement.restarts)
         self._resume, self._stopping, self._recoveries, self._where = resume, stopping, 0, "start"
         self._facts = RowFacts((), (), ())
+        self._done = self._skipped = 0
         self._fresh()
 
     def run(self) -> dict[str, Any]:
@@ -151,14 +152,32 @@ class SupervisedLoop:
         self.recorder.metrics(step, metrics | {"epoch": step / self._steps_per_epoch} | self._saver.metrics())
         self.reporter.step(step, total, metrics)
         self._done = step
+        self._stop_if_spent()
         self._saver.poll()
         if self._every and step % self._every == 0 and step < total:
             self._save()
 
+    def _stop_if_spent(self) -> None:
+        """Ends a run that skips and skips; what it learnt before is saved."""
+        if self._skipped < self._training.max_skipped:
+            return
+        what = f"{self._skipped} optimizer steps in a row were skipped: their loss or gradient was not finite"
+        self._skipped = 0
+        self._stop()
+        fix = "look at the rows of these steps; go on with run.resume=auto, or begin anew with a lower learning rate"
+        raise UserError(what, where=f"step {self._done} (training.max_skipped {self._training.max_skipped})", fix=fix)
+
+    def _unsound(self, weight: str) -> UserError:
+        self._saver.finish()
+        newest = self.recorder.newest_checkpoint(self.reporter.message)
+        whole = "nothing was saved yet" if newest is None else f"{newest.folder} is whole"
+        fix = f"{whole}; begin anew with a lower learning rate"
+        return UserError(f"the weight {weight} is not finite after an optimizer step", where=self._where, fix=fix)
+
     def _fresh(self) -> None:
         self._best: tuple[float, int] | None = None
         self._evaluations: dict[int, dict[str, float]] = {}
-        self._clock, self._done, self._wall_before = Clock(), 0, 0.0
+        self._clock, self._done, self._wall_before, self._skipped = Clock(), 0, 0.0, 0
 
     def _save(self) -> None:
         state = {
@@ -169,6 +188,7 @@ class SupervisedLoop:
             "seconds": dict(self._clock.seconds),
             "tokens": self._clock.tokens,
             "wall_seconds": self._wall_seconds(),
+            "skipped": self._skipped,
         }
         self._saver.begin(self._done, state)
 
@@ -179,7 +199,7 @@ class SupervisedLoop:
             self._best = None if state["best"] is None else (float(state["best"][0]), int(state["best"][1]))
             self._evaluations = {int(step): metrics for step, metrics in state["evaluations"].items()}
             self._clock = Clock(dict(state["seconds"]), state["tokens"])
-            self._done, self._wall_before = state["step"], state["wall_seconds"]
+            self._done, self._wall_before, self._skipped = state["step"], state["wall_seconds"], state["skipped"]
             self.recorder.rewind(self._done, state["metrics_bytes"])
         except (KeyError, TypeError, ValueError) as error:
             what = f"the checkpoint's state is not that of a supervised stage: {error!r}"
@@ -261,7 +281,12 @@ class SupervisedLoop:
         seconds, tokens = time.perf_counter() - began, sum(self._facts.lengths[row] for row in rows)
         self._clock.tokens += tokens
         step = infos[0].step
+        unsound = next((info.unsound for info in infos if info.unsound), "")
+        if unsound:
+            raise self._unsound(unsound)
+        self._skipped = self._skipped + int(not step.overflow) if step.skipped else 0
         norm = {} if step.skipped else {"grad_norm": step.grad_norm}
+        norm["skipped_steps"] = float(step.skipped)
         rates = {"lr": step.lr, "perf/tokens_per_second": tokens / seconds, "perf/step_seconds": seconds}
         return merged(info.tally for info in infos).means() | norm | rates
 

@@ -67,9 +67,11 @@ class SupervisedWorker(SavedWorker):
         tally = self._engine.forward_backward(batches, self._objective, request.denominator)
         step = self._engine.optimizer_step()
         seconds = time.perf_counter() - began
+        if step.skipped:
+            tally = Tally()  # of nothing that was learnt, and not finite
         if batches:
             tally.add("perf/update_tflops", flops_of(self._training_costs, batches) / 1e12, seconds)
-        return UpdateInfo(tally, step, seconds)
+        return UpdateInfo(tally, step, seconds, unsound=self._engine.unsound_weights())
 
     def evaluate(self, microbatches: tuple[tuple[int, ...], ...]) -> Tally:
         """Metrics of held-out rows."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -308,3 +310,34 @@ def test_one_that_is_asked_to_stop_saves_and_goes_on_later(folder: RunFolder, ev
     assert checkpoint is not None and checkpoint.step == 5
     loop_of(folder, later, said, resume=checkpoint)[0].run()
     assert losses(folder) == WHOLE and len(later.updates) == 3 and "resumed after step 5" in said[0]
+
+
+class Skipping(Mortal):
+    """Skips some updates, by number; fp16's search for a loss scale is no alarm."""
+
+    def __init__(self, skipped: dict[int, bool], unsound: int = 0) -> None:
+        super().__init__({})
+        self.skips, self.spoilt = skipped, unsound
+
+    def update(self, requests: list[UpdateRequest]) -> list[UpdateInfo]:
+        info = super().update(requests)[0]
+        if self.taken in self.skips:
+            return [UpdateInfo(Tally(), StepInfo(math.nan, 0.1, True, self.skips[self.taken]), 0.0)] * 2
+        return [dataclasses.replace(info, unsound="head.weight" if self.taken == self.spoilt else "")] * 2
+
+
+def test_steps_that_are_skipped_are_counted_and_three_in_a_row_stop_the_run_with_its_state_saved(tmp_path: Path) -> None:
+    _, lines = run(tmp_path / "some", Skipping({1: False, 2: False, 4: False, 5: True, 6: True, 7: True}), epochs=4)
+    assert [line["skipped_steps"] for line in lines] == [1, 1, 0, 1, 1, 1, 1, 0]
+    assert ["grad_norm" in line for line in lines] == ["loss" in line for line in lines] == [line["skipped_steps"] == 0 for line in lines]
+    with pytest.raises(UserError, match="3 optimizer steps in a row were skipped") as caught:
+        run(tmp_path / "many", Skipping({3: False, 4: False, 5: False}), epochs=4)
+    assert caught.value.where == "step 5 (training.max_skipped 3)"
+    assert [path.name for path in (tmp_path / "many" / "run" / "checkpoints").iterdir()] == ["step_000005"]
+
+
+def test_weights_that_are_not_finite_end_the_run_and_are_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the weight head\.weight is not finite after an optimizer step") as caught:
+        run(tmp_path, Skipping({}, unsound=3), epochs=4)
+    assert caught.value.where == "step 3, train" and "nothing was saved yet" in caught.value.fix
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
