@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from rlhf_dist.config.engines import EngineSection
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.config.ppo import PPOConfig
 from rlhf_dist.config.rewards import FailureRules
-from rlhf_dist.data.prompts import PromptStream, check_prompts
+from rlhf_dist.data.files import iter_rows, place
+from rlhf_dist.data.prompts import CHECK_ROWS, PromptStream, check_prompts
 from rlhf_dist.data.records import columns_of
 from rlhf_dist.models.loading import check_loadable, context_length, load_config, load_tokenizer, stop_tokens, tokenizer_folder
 from rlhf_dist.rewards.guard import longest_judging_s
 from rlhf_dist.rewards.probe import probe
 from rlhf_dist.rewards.sources import guarded
+from rlhf_dist.runs.rollout_state import check_column
 from rlhf_dist.workers.roles import needed_roles, section_of
 
 PROBE_ROWS = 2
@@ -36,6 +39,8 @@ def check_run(config: PPOConfig) -> dict[str, Any]:
     _check_engines(config)
     tokenizer = _check_models(config)
     counts = check_prompts(config.data, tokenizer)
+    if config.rollout.max_staleness:
+        _check_columns(config)
     _check_rewards(config, tokenizer)
     stops = stop_tokens(config.policy.model, tokenizer, trust_remote_code=config.policy.trust_remote_code)
     rewards = "+".join(source.name for source in config.reward.sources)
@@ -149,6 +154,18 @@ def check_vocabulary(role: str, path: str, tokenizer: PreTrainedTokenizerBase, *
         theirs, ours = ({number: token for token, number in each.get_vocab().items()} for each in (own, tokenizer))
         if any(theirs[number] != ours[number] for number in theirs.keys() & ours.keys()):  # one of them may have added a pad, say
             raise UserError(f"the {role} model has another vocabulary than {trained}.model", where=where, fix=fix)
+
+
+def _check_columns(config: PPOConfig) -> None:
+    """Rollouts that wait for their step go into checkpoints with their data columns; the first save, hours later, is late to refuse one.
+
+    Looks at the first rows of each file, as `check_prompts` does.
+    """
+    prompt = config.data.prompt_field
+    for path in config.data.train:
+        for number, row in itertools.islice(iter_rows(path, text_columns=(prompt,)), CHECK_ROWS):
+            for name in row.keys() - {prompt}:
+                check_column(name, (row[name],), where=place(path, number))
 
 
 def _check_rewards(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> None:

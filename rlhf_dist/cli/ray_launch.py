@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -17,17 +18,20 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rlhf_dist.cli.clusters import cluster, cluster_nodes
 from rlhf_dist.cli.interrupts import CTRL_C, Interrupted, Signals, listening
 from rlhf_dist.cli.programs import Program
-from rlhf_dist.cli.resuming import resumable
+from rlhf_dist.cli.resuming import OVER, resumable
 from rlhf_dist.config.errors import UserError
+from rlhf_dist.config.operation import PlacementSection
 from rlhf_dist.contracts.group import Lost
 from rlhf_dist.runs.folder import RunFolder
+from rlhf_dist.runs.lock import holding
 from rlhf_dist.runs.progress import BufferedReporter, ConsoleReporter, Event, Furthest, Reporter, replay
 from rlhf_dist.runs.recorder import Recorder
 from rlhf_dist.runs.supervision import Budget
 from rlhf_dist.workers.placement import check_placement
 from rlhf_dist.workers.ray_group import RayGroup, release
 
-POLL_S = 0.3
+POLL_S, EVENTS_S = 0.3, 5.0
+ENDING_S = 60.0
 
 
 def run_under_ray(program: Program) -> Path:
@@ -40,24 +44,34 @@ def run_under_ray(program: Program) -> Path:
         Interrupted: the run was told to end.
     """
     program.check()
-    run, placement = program.config.run, program.config.placement
+    run, reporter = program.config.run, Furthest(ConsoleReporter())
+    folder, resume = RunFolder.named(run.output_dir, run.name), run.resume == "auto"
+    if resume and folder.is_over:
+        reporter.message(OVER)
+        return folder.root
     with cluster(program.demands()):
         check_placement(program.demands(), cluster_nodes())
-        root = RunFolder.create(run.output_dir, run.name, run.overwrite, run.resume == "auto").root
-        reporter, budget = Furthest(ConsoleReporter()), Budget(placement.restarts)
-        resume = run.resume == "auto"
-        with closing(reporter), listening(root) as signals:
-            while True:
-                try:
-                    result = _attempt(program, root, resume, reporter, signals)
-                    break
-                except CoordinatorLost as lost:
-                    budget.charge(reporter.furthest, lost)
-                    reporter.message(f"the coordinator died; it is started again: {lost.what}")
-                    resume = True
-        if "stopped" in result:
-            raise Interrupted(root, result["stopped"], signals.status or CTRL_C)
+        with holding(folder.root):
+            root = RunFolder.create(run.output_dir, run.name, run.overwrite, resume).root
+            with closing(reporter), listening(root) as signals:
+                result = _until_over(program, root, resume, reporter, signals)
+    if "stopped" in result:
+        raise Interrupted(root, result["stopped"], signals.status or CTRL_C)
     return root
+
+
+def _until_over(program: Program, root: Path, resume: bool, reporter: Furthest, signals: Signals) -> dict[str, Any]:
+    """As many coordinators as it takes, one after the other."""
+    budget = Budget(program.config.placement.restarts)
+    while True:
+        try:
+            return _attempt(program, root, resume, reporter, signals)
+        except CoordinatorLost as lost:
+            if RunFolder(root).is_over:  # it died after it had done everything
+                return {}
+            budget.charge(reporter.furthest, lost)
+            reporter.message(f"the coordinator died; it is started again: {lost.what}")
+            resume = True
 
 
 class CoordinatorLost(Lost):
@@ -70,7 +84,7 @@ def _attempt(program: Program, root: Path, resume: bool, reporter: Reporter, sig
     label = uuid.uuid4().hex
     actor = remote.options(num_cpus=0, max_concurrency=3, scheduling_strategy=here).remote(program, str(root), os.getcwd(), label)
     try:
-        return _follow(actor, actor.run.remote(resume), reporter, signals)
+        return _follow(actor, actor.run.remote(resume), reporter, signals, program.config.placement)
     finally:
         ray.kill(actor)
         release(label, program.demands())
@@ -87,7 +101,8 @@ class CoordinatorActor:
 
     def run(self, resume: bool) -> dict[str, Any]:
         """The whole run; returns the summary. The groups end with it, whatever happens."""
-        with closing(Recorder(RunFolder.open(self._root))) as recorder:
+        # One that is about to die, with its driver, may still be writing.
+        with holding(Path(self._root), "coordinator", ENDING_S), closing(Recorder(RunFolder.open(self._root))) as recorder:
             recorder.clear_partial()
             checkpoint = resumable(self._program.config, recorder, self._reporter) if resume else None
             with ray_groups(self._program, self._label) as groups:
@@ -120,15 +135,16 @@ def ray_groups(program: Program, label: str = "") -> Iterator[dict[str, RayGroup
             group.close()
 
 
-def _follow(actor: Any, run: Any, reporter: Reporter, signals: Signals) -> dict[str, Any]:
+def _follow(actor: Any, run: Any, reporter: Reporter, signals: Signals, placement: PlacementSection) -> dict[str, Any]:
     """Shows progress until the run is over.
 
     Raises:
-        CoordinatorLost: its process died.
+        CoordinatorLost: its process died, or gave no sign of life for `placement.heartbeat_timeout_s` and was ended.
         UserError: what the run raised.
     """
     seen, told = 0, False
     done: list[Any] = []
+    allowed_s, heard = placement.start_timeout_s, time.monotonic()
     while not done:
         done, _ = ray.wait([run], timeout=POLL_S)
         if signals.asked() and not told:
@@ -138,6 +154,9 @@ def _follow(actor: Any, run: Any, reporter: Reporter, signals: Signals) -> dict[
         if not done:
             with suppress(RayError):  # the run itself says what is wrong
                 seen += _replay(actor, seen, reporter)
+                allowed_s, heard = placement.heartbeat_timeout_s, time.monotonic()
+            if time.monotonic() - heard > allowed_s:
+                raise CoordinatorLost(f"no sign of life for {allowed_s:g} s", where="coordinator", fix="go on with run.resume=auto")
     try:
         result: dict[str, Any] = ray.get(run)
     except RayActorError as error:
@@ -153,6 +172,6 @@ def _follow(actor: Any, run: Any, reporter: Reporter, signals: Signals) -> dict[
 
 
 def _replay(actor: Any, seen: int, reporter: Reporter) -> int:
-    events = ray.get(actor.events.remote(seen), timeout=60.0)
+    events = ray.get(actor.events.remote(seen), timeout=EVENTS_S)
     replay(events, reporter)
     return len(events)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -12,11 +12,12 @@ from pydantic import ValidationError
 
 from rlhf_dist.cli.interrupts import CTRL_C, Interrupted, listening
 from rlhf_dist.cli.programs import Program, program_of
-from rlhf_dist.cli.resuming import resumable
+from rlhf_dist.cli.resuming import OVER, resumable
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.engines.process import Rank, free_port, launched_world_size, start_process_group, stop_process_group
 from rlhf_dist.runs.checkpoints import Checkpoint
 from rlhf_dist.runs.folder import RunFolder
+from rlhf_dist.runs.lock import holding
 from rlhf_dist.runs.progress import ConsoleReporter, NullReporter, Reporter
 from rlhf_dist.runs.recorder import Recorder
 from rlhf_dist.workers.spmd_group import SpmdGroup, agree, any_rank
@@ -32,11 +33,13 @@ def run_under_launcher(program: Program) -> tuple[Path, bool]:
     threads = torch.get_num_threads()
     # As in a Ray actor. Another number of threads sums in another order, so without this the launchers would differ by rounding.
     torch.set_num_threads(program.config.placement.threads_per_rank)
-    rank = _join()
+    rank, held = _join(), ExitStack()  # rank 0 holds the folder
     try:
         program = spanning_all_ranks(program, rank.world_size)
-        root = agree(rank, lambda: _prepare(program))
+        root, over = agree(rank, lambda: _prepare(program, held))
         first = rank.rank == 0
+        if over:
+            return root, first
         recorder = Recorder(RunFolder(root), writes=first)
         reporter = ConsoleReporter() if first else NullReporter()
         with listening(root) as signals, closing(recorder), closing(reporter):
@@ -47,6 +50,7 @@ def run_under_launcher(program: Program) -> tuple[Path, bool]:
             raise Interrupted(root, result["stopped"], signals.status or CTRL_C)
         return root, first
     finally:
+        held.close()
         stop_process_group()
         torch.set_num_threads(threads)
 
@@ -91,10 +95,16 @@ def _join() -> Rank:
     return start_process_group(int(place["RANK"]), world_size, int(local), address, int(port))
 
 
-def _prepare(program: Program) -> Path:
+def _prepare(program: Program, held: ExitStack) -> tuple[Path, bool]:
+    """The run folder, and whether the run is over already."""
     program.check()
     run = program.config.run
-    return RunFolder.create(run.output_dir, run.name, run.overwrite, run.resume == "auto").root
+    folder, resume = RunFolder.named(run.output_dir, run.name), run.resume == "auto"
+    if resume and folder.is_over:
+        ConsoleReporter().message(OVER)
+        return folder.root, True
+    held.enter_context(holding(folder.root))
+    return RunFolder.create(run.output_dir, run.name, run.overwrite, resume).root, False
 
 
 def _resumed(program: Program, recorder: Recorder, reporter: Reporter) -> Checkpoint | None:

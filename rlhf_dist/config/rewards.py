@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
@@ -85,7 +85,12 @@ class HttpReward(FailureRules):
     @field_validator("url")
     @classmethod
     def _plain_address(cls, url: str) -> str:
-        parts = urlsplit(url)
+        if not url.isprintable() or " " in url:  # urlsplit leaves some out in silence
+            raise ValueError("url holds a space or a character that cannot be printed: leave it out, or write it as %20 and the like")
+        try:
+            parts = urlsplit(url)
+        except ValueError:  # its message may quote a password
+            raise ValueError("url names a host that cannot be read: see its brackets and characters") from None
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("url must begin with http:// or https:// and name a host")
         if parts.username is not None or parts.password is not None:
@@ -94,7 +99,23 @@ class HttpReward(FailureRules):
             )
         if parts.fragment:
             raise ValueError("url has a fragment (#…), which is never sent: leave it out")
+        if not _is_port(parts) or not _is_host(parts.hostname):
+            raise ValueError("url names a host or port that cannot be: a port is 1 to 65535, a part of a host's name 1 to 63 characters")
         return url
+
+
+def _is_port(parts: SplitResult) -> bool:
+    try:
+        return parts.port is None or parts.port > 0
+    except ValueError:
+        return False
+
+
+def _is_host(name: str) -> bool:
+    try:
+        return bool(name.encode("idna"))
+    except UnicodeError:
+        return False
 
 
 class ModelReward(_Source):

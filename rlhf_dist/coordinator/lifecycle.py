@@ -29,7 +29,7 @@ from rlhf_dist.coordinator.update import UpdateReport
 from rlhf_dist.rewards.mixture import RewardMixer
 from rlhf_dist.runs.checkpoints import Checkpoint
 from rlhf_dist.runs.clock import Clock
-from rlhf_dist.runs.lineage import changed_keys
+from rlhf_dist.runs.lineage import WEIGHT_KEYS, changed_keys
 from rlhf_dist.runs.progress import Reporter
 from rlhf_dist.runs.recorder import Recorder
 from rlhf_dist.runs.state import RunState
@@ -176,11 +176,12 @@ class Lifecycle(ABC):
         """
         began = time.perf_counter()
         self._fresh(RunState.from_dict(checkpoint.state))
-        self.recorder.rewind(self.state.step, self.state.metrics_bytes)
+        if warning := self.recorder.rewind(self.state.step, self.state.metrics_bytes):
+            self.reporter.message(warning)
         self.checkpointer.restore(checkpoint, self.state, self.pipeline)
         saved = self.state.weights
         self._sync_weights(self.state.policy_version)
-        if self.state.weights != saved and not changed_keys(checkpoint.folder, self.config):
+        if self.state.weights != saved and not any(key.startswith(WEIGHT_KEYS) for key in changed_keys(checkpoint.folder, self.config)):
             fix = "put the base model back as it was when the run began"
             what = f"the restored policy's weights have the checksum {self.state.weights}, those that were saved had {saved}"
             raise UserError(what, where=str(checkpoint.folder), fix=fix)

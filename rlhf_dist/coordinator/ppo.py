@@ -159,7 +159,7 @@ class PPOCoordinator(Lifecycle):
         if self._started:
             return
         self._phase_name = "start"
-        self.recorder.config(self.config)
+        self.recorder.config(self.config, self._resume.folder if self._resume else None)
         facts = self._describe()
         if not self._recoveries:
             self.reporter.started(facts)

@@ -37,14 +37,14 @@ class HttpReward:
         section: of the config; the token is read from the environment now, and stands in no message.
 
     Raises:
-        UserError: the environment lacks the token, or it cannot stand in a header.
+        UserError: the url cannot be asked; the environment lacks the token, or it cannot stand in a header.
     """
 
     by_row = True
 
     def __init__(self, section: HttpRewardSection) -> None:
         self.name = section.name
-        self._url, self._where = section.url, section.url.partition("?")[0]  # a query may hold what is nobody's business
+        self._url, self._where = _url(section), section.url.partition("?")[0]  # a query may hold what is nobody's business
         self._batch_size, self._concurrency = section.batch_size, section.concurrency
         self._token = None if section.auth_env is None else _token(section.name, section.auth_env)
         authorisation = {} if self._token is None else {"Authorization": f"Bearer {self._token}"}
@@ -94,8 +94,9 @@ class HttpReward:
             status, headers, body = await asyncio.wait_for(self._exchange(rows, content), limit_s)
         except (asyncio.TimeoutError, httpx2.TimeoutException):
             return self._failed(rows, f"did not answer within {limit_s:g} s", kind="timeout", fix="see why, or raise its timeout_s")
-        except httpx2.HTTPError as error:
-            return self._failed(rows, f"could not be asked: {type(error).__name__}: {error}", fix="see that the endpoint is up")
+        except Exception as error:  # whatever it is, it befell this request: its rows fail, by the reward's own rules
+            first = _first(error)
+            return self._failed(rows, f"could not be asked: {type(first).__name__}: {first}", fix="see that the endpoint is up")
         if status != 200:
             retryable = status in (408, 429) or status >= 500
             said = f"answered with status {status}{_hint(status)}: {self._shown(body)}"
@@ -147,6 +148,21 @@ class HttpReward:
 
     def _without_token(self, text: str) -> str:
         return text if self._token is None else text.replace(self._token, "***")
+
+
+def _url(section: HttpRewardSection) -> httpx2.URL:
+    """The address, as who sends the requests reads it: stricter than the config in what a host may be called."""
+    try:
+        return httpx2.URL(section.url)
+    except (httpx2.InvalidURL, ValueError) as error:
+        raise UserError(f"the url cannot be asked: {error}", where=f"reward {section.name!r}, url", fix="mend the address") from None
+
+
+def _first(error: BaseException) -> BaseException:
+    """The fault itself, of one that stands for several: tasks of a connection raise together."""
+    while inner := getattr(error, "exceptions", None):
+        error = inner[0]
+    return error
 
 
 def _token(name: str, variable: str) -> str:

@@ -58,8 +58,8 @@ class Checkpoint:
                 wrong = "is missing"
             elif found != saved.bytes:
                 wrong = f"has {found} bytes, not {saved.bytes}"
-            elif hash_of(path) != saved.sha256:
-                wrong = "has other contents than were written"
+            elif _hash_or_not(path) != saved.sha256:
+                wrong = "has other contents than were written, or cannot be read"
             else:
                 continue
             raise UserError(f"checkpoint file {name} {wrong}", where=str(self.folder), fix=_REFUSED)
@@ -120,12 +120,16 @@ class CheckpointStore:
         return [checkpoint for _, checkpoint in sorted(self._steps().items()) if isinstance(checkpoint, Checkpoint)]
 
     def newest(self, refused: Callable[[str], None]) -> Checkpoint | None:
-        """The newest whole checkpoint; None when there is none.
+        """The newest whole checkpoint; None when there is none at all.
 
         Args:
             refused: told of every newer one that is damaged, by name and with the reason.
+
+        Raises:
+            UserError: there are some, and none can be used. To begin anew then is for a person to decide.
         """
-        for _, found in sorted(self._steps().items(), reverse=True):
+        steps = sorted(self._steps().items(), reverse=True)
+        for _, found in steps:
             try:
                 if isinstance(found, UserError):
                     raise found
@@ -133,23 +137,33 @@ class CheckpointStore:
                 return found
             except UserError as error:
                 refused(f"checkpoint {Path(error.where).name} is damaged and not used: {error.what}")
+        if steps:
+            fix = "put one back as it was, or remove them all to begin anew"
+            raise UserError(f"none of the run's {len(steps)} checkpoints can be used", where=str(self._root), fix=fix)
         return None
 
-    def prune(self, keep: int) -> list[int]:
-        """Removes all but the `keep` latest checkpoints, and what was refused; returns the removed steps.
+    def prune(self, keep: int, newest: int) -> list[int]:
+        """Removes all but the `keep` latest checkpoints up to that of step `newest`; returns the removed steps.
+
+        Args:
+            keep: how many stay.
+            newest: the step of the checkpoint that was just committed. Later ones are what a run that went back has refused.
 
         Raises:
             ValueError: keep < 1.
         """
         if keep < 1:
             raise ValueError("keep must be at least 1")
-        doomed = self.all()[:-keep]
-        for checkpoint in doomed:
+        steps = self._steps()
+        kept = sorted(step for step, found in steps.items() if step <= newest and isinstance(found, Checkpoint))[-keep:]
+        doomed = sorted(step for step in steps if step not in kept)
+        for step in doomed:
             # Renamed first: a kill in the middle must not leave a half-emptied folder that still counts.
-            os.rename(checkpoint.folder, _aside(checkpoint.folder))
+            shutil.rmtree(_aside(self._final(step)), ignore_errors=True)
+            os.rename(self._final(step), _aside(self._final(step)))
         for folder in self._root.glob(".step_*.aside"):
             shutil.rmtree(folder)
-        return [checkpoint.step for checkpoint in doomed]
+        return doomed
 
     def _steps(self) -> dict[int, Checkpoint | UserError]:
         found: dict[int, Checkpoint | UserError] = {}
@@ -188,6 +202,13 @@ def hash_of(path: Path) -> str:
         while block := file.read(CHUNK):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _hash_or_not(path: Path) -> str:
+    try:
+        return hash_of(path)
+    except OSError:
+        return ""
 
 
 def _recorded(folder: Path, written: dict[str, SavedFile]) -> dict[str, SavedFile]:

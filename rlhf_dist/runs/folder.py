@@ -12,6 +12,9 @@ from rlhf_dist.runs.atomic import write_text
 MARKER = ".rlhf_dist_run"
 """Tells a folder of ours from any other: only a folder that holds it is ever emptied."""
 
+INPUTS = "inputs.json"
+"""What the run read when it began."""
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -25,6 +28,16 @@ class RunFolder:
     """
 
     root: Path
+
+    @classmethod
+    def named(cls, output_dir: str | Path, name: str) -> RunFolder:
+        """Where a run's folder is, or would be."""
+        return cls(Path(output_dir).expanduser().absolute() / name)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run has ended by itself."""
+        return (self.root / MARKER).is_file() and self.summary.is_file()
 
     @classmethod
     def create(cls, output_dir: str | Path, name: str, overwrite: bool = False, resume: bool = False) -> RunFolder:
@@ -71,6 +84,11 @@ class RunFolder:
     def config(self) -> Path:
         """The resolved configuration."""
         return self.root / "config.yaml"
+
+    @property
+    def inputs(self) -> Path:
+        """Hashes of the data, models and reward functions that the run began with."""
+        return self.root / "inputs.json"
 
     @property
     def metrics(self) -> Path:
@@ -161,13 +179,22 @@ class RunFolder:
         write_text(self.config, text)
 
     def clear_unused(self) -> bool:
-        """Empties the folder of a run that recorded no metric, so that the next try needs no `overwrite`; returns whether it did."""
-        recorded = (self.metrics.is_file() and self.metrics.stat().st_size > 0) or any(self.checkpoints.glob("step_*"))
-        if recorded or not (self.root / MARKER).is_file():
+        """Empties the folder of a run that recorded nothing, so that the next try needs no `overwrite`; returns whether it did.
+
+        What it was asked to do (its settings) and open files of metrics are nothing; a sample in quarantine, say, is something.
+        """
+        if not (self.root / MARKER).is_file() or any(self._tells(path) for path in self.root.rglob("*")):
             return False
         _empty(self.root)
         (self.root / MARKER).unlink()
         return True
+
+    def _tells(self, path: Path) -> bool:
+        """Whether a path inside is more than a run makes before it does anything."""
+        if path.is_dir() and not path.is_symlink():
+            return False
+        made = path in (self.root / MARKER, self.config, self.root / INPUTS, self.evaluation_path(0)) or path.is_relative_to(self.tensorboard)
+        return not made and not (path == self.metrics and path.stat().st_size == 0)
 
 
 def _make_room(root: Path, overwrite: bool) -> None:

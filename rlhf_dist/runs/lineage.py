@@ -19,8 +19,13 @@ FREE = (
     "*.gradient_checkpointing", "*.trust_remote_code",
     "placement.*", "checkpoint.*", "sentinels.*", "rollout.slots", "rollout.shards_per_rank", "rollout.weight_sync", "rollout.python",
     "reward.sources.*.timeout_s", "reward.sources.*.retries", "reward.sources.*.url", "reward.sources.*.concurrency",
+    "reward.sources.*.start_timeout_s", "reward.sources.*.auth_env",
 )  # fmt: skip
 """Where the work is done and how it is cut (law 2), how the run is kept: none of it changes what is computed, up to rounding."""
+ROUNDING = ("placement.threads_per_rank", "*.ranks", "*.deepspeed", "*.microbatch_tokens", "*.packing", "*.attention")
+"""Of these, those by which sums are taken in another order: the run goes on, but not bit for bit."""
+WEIGHT_KEYS = ("policy.", "rollout.", "placement.threads_per_rank:")
+"""How what `changed_keys` says begins where the weights that the sampler holds may come out with other bits."""
 
 
 def changed_keys(folder: Path, config: BaseModel) -> list[str]:
@@ -48,11 +53,15 @@ def check_same_run(folder: Path, config: BaseModel) -> list[str]:
         UserError: a setting changed that decides what is computed.
     """
     changed = changed_keys(folder, config)
-    other = [each for each in changed if not any(fnmatch.fnmatch(each.split(":", 1)[0], pattern) for pattern in FREE)]
+    other = [each for each in changed if not _matches(each, FREE)]
     if other:
         fix = "set it back, or start a new run (run.name=…)"
         raise UserError("the run cannot go on with other settings: " + "; ".join(other[:5]), where=str(folder), fix=fix)
-    return changed
+    return [f"{each} (the run goes on up to rounding)" if _matches(each, ROUNDING) else each for each in changed]
+
+
+def _matches(change: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatch(change.split(":", 1)[0], pattern) for pattern in patterns)
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

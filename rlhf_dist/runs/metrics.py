@@ -39,19 +39,30 @@ class MetricsWriter:
         """Bytes written so far: what `rewind` goes back to."""
         return os.fstat(self._file).st_size
 
-    def rewind(self, step: int, position: int) -> None:
+    def sync(self) -> None:
+        """Brings the lines to disk: a checkpoint counts on them."""
+        with writing(self._where):
+            os.fsync(self._file)
+
+    def rewind(self, step: int, position: int) -> str:
         """Forgets what was written after a position; TensorBoard hides events after `step`.
 
-        Raises:
-            UserError: the file is shorter than that.
+        Returns:
+            A warning where the file is shorter than that, as after a crash of the machine: then whole lines are all that is left. No weight
+            depends on them.
         """
-        if self.position < position:
-            what = f"the metrics have {self.position} bytes, the checkpoint was taken when they had {position}"
-            raise UserError(what, where=self._where, fix="put the file back as the run left it, or start a new run")
+        if position == self.position == 0:
+            return ""
+        short = position - self.position
         with writing(self._where):
-            os.ftruncate(self._file, position)
+            os.ftruncate(self._file, position if short <= 0 else self._whole_lines())
             self._tensorboard.close()
             self._tensorboard = SummaryWriter(self._events, purge_step=step + 1)
+        return f"warning: {self._where} lacks {short} bytes that it had at step {step}: lines of metrics are lost" if short > 0 else ""
+
+    def _whole_lines(self) -> int:
+        """Bytes up to the end of the last whole line."""
+        return Path(self._where).read_bytes().rfind(b"\n") + 1
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes all metrics of a step, or none of them.

@@ -5,16 +5,18 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-from rlhf_dist.config.errors import UserError
+from rlhf_dist.config.errors import UserError, writing
 from rlhf_dist.config.loading import dump_config
 from rlhf_dist.contracts.engine import SavedFile
 from rlhf_dist.runs.atomic import write_text
 from rlhf_dist.runs.checkpoints import Checkpoint, CheckpointStore
 from rlhf_dist.runs.folder import RunFolder
+from rlhf_dist.runs.inputs import INPUTS, inputs_text
 from rlhf_dist.runs.lineage import CONFIG
 from rlhf_dist.runs.metrics import MetricsWriter
 from rlhf_dist.runs.summary import write_summary
@@ -34,10 +36,21 @@ class Recorder:
         self._metrics = MetricsWriter(folder) if folder and writes else None
         self._checkpoints = CheckpointStore(folder.checkpoints) if folder else None
 
-    def config(self, config: BaseModel) -> None:
-        """Saves the resolved config."""
-        if self.folder and self._writes:
-            self.folder.write_config(dump_config(config))
+    def config(self, config: BaseModel, resumed: Path | None = None) -> None:
+        """Saves the resolved config, and what the run was made from.
+
+        Args:
+            resumed: folder of the checkpoint that the run goes on from. It then stands on what it began with, which is in there.
+        """
+        if not self.folder or not self._writes:
+            return
+        self.folder.write_config(dump_config(config))
+        if resumed is None:
+            write_text(self.folder.inputs, inputs_text(config))
+        elif (resumed / INPUTS).is_file():
+            write_text(self.folder.inputs, (resumed / INPUTS).read_text(encoding="utf-8"))
+        else:  # taken before they were kept: what lies there now may be something else
+            self.folder.inputs.unlink(missing_ok=True)
 
     def metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Appends a step's metrics."""
@@ -49,15 +62,12 @@ class Recorder:
         """Bytes of metrics so far; 0 where none are written."""
         return self._metrics.position if self._metrics else 0
 
-    def rewind(self, step: int, position: int) -> None:
-        """Forgets everything after a step: metrics after a position, samples, the summary.
-
-        Raises:
-            UserError: the metrics are shorter than that.
-        """
-        if self.folder and self._metrics:
-            self._metrics.rewind(step, position)
-            self.folder.forget_after(step)
+    def rewind(self, step: int, position: int) -> str:
+        """Forgets everything after a step: metrics after a position, samples, the summary. Returns a warning where metrics are missing."""
+        if not self.folder or not self._metrics:
+            return ""
+        self.folder.forget_after(step)
+        return self._metrics.rewind(step, position)
 
     def rollouts_path(self, step: int) -> str:
         """Where the samples of a step go."""
@@ -79,7 +89,8 @@ class Recorder:
         """The folder in which a checkpoint grows; made by whoever writes."""
         if self._checkpoints is None:
             return ""
-        return str(self._checkpoints.begin(step) if self._writes else self._checkpoints.partial(step))
+        with writing(self._checkpoints.partial(step)):
+            return str(self._checkpoints.begin(step) if self._writes else self._checkpoints.partial(step))
 
     def commit_checkpoint(self, step: int, state: dict[str, Any], written: Iterable[SavedFile], keep: int) -> None:
         """Makes the begun checkpoint count, and then lets old ones go.
@@ -91,11 +102,16 @@ class Recorder:
             return
         try:
             shutil.copyfile(self.folder.config, self._checkpoints.partial(step) / CONFIG)
+            if self.folder.inputs.is_file():
+                shutil.copyfile(self.folder.inputs, self._checkpoints.partial(step) / INPUTS)
+            if self._metrics:
+                self._metrics.sync()
             self._checkpoints.commit(step, state, written)
-            self._checkpoints.prune(keep)
         except OSError as error:
             what = f"the checkpoint of step {step} could not be written ({error.strerror}); earlier ones are whole"
             raise UserError(what, where=str(self._checkpoints.partial(step)), fix="free space, then go on with run.resume=auto") from None
+        with writing(self.folder.checkpoints):
+            self._checkpoints.prune(keep, step)
 
     def newest_checkpoint(self, refused: Callable[[str], None]) -> Checkpoint | None:
         """The newest whole checkpoint of the run.

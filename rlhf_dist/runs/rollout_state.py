@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlhf_dist.config.errors import UserError
+from rlhf_dist.config.errors import UserError, writing
 from rlhf_dist.contracts.experience import ExperienceBatch
 from rlhf_dist.contracts.roles import RolloutInfo
 
@@ -22,18 +22,26 @@ def write_shard(folder: Path, number: int, batch: ExperienceBatch, info: Rollout
     """Writes a shard as `shard_<number>.safetensors` and `shard_<number>.json`.
 
     Raises:
-        UserError: a data column that JSON would not give back as it was (named).
+        UserError: a data column that JSON would not give back as it was (named), text that UTF-8 cannot hold; the disk is full, or may not
+            be written to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    values = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
     for name, column in batch.columns.items():
-        _check_column(name, column)
+        check_column(name, column)
+    if not _comes_back((*batch.prompts, *batch.completions)):
+        fix = "write the data anew as UTF-8, without half surrogate pairs"
+        raise UserError("a prompt or completion cannot be saved with the rollouts", where="checkpoint", fix=fix)
+    values = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
     tensors = {
         name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in values.items() if isinstance(value, Tensor)
     }
-    save_file(tensors, _tensors(folder, number))  # of copies: it refuses tensors that share memory, as two masks may
     text = {"prompts": batch.prompts, "completions": batch.completions, "columns": batch.columns, "info": dataclasses.asdict(info)}
-    _text(folder, number).write_text(json.dumps(text), encoding="utf-8")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file(tensors, _tensors(folder, number))  # of copies: it refuses tensors that share memory, as two masks may
+        except SafetensorError as error:  # the file system's errors, in words
+            raise OSError(str(error)) from error
+        _text(folder, number).write_text(json.dumps(text), encoding="utf-8")
 
 
 def read_shard(folder: Path, number: int) -> tuple[ExperienceBatch, RolloutInfo]:
@@ -51,6 +59,20 @@ def read_shard(folder: Path, number: int) -> tuple[ExperienceBatch, RolloutInfo]
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         what = f"shard {number} of the rollouts cannot be read: {type(error).__name__}"
         raise UserError(what, where=str(folder), fix="use another checkpoint") from None
+
+
+def check_column(name: str, column: tuple[Any, ...], where: str = "checkpoint") -> None:
+    """Whether a data column can wait in a checkpoint with the rollouts of its prompts: what JSON holds can, NaN and infinity included.
+
+    Args:
+        name: of the column. column: values of any number of rows. where: they are, for the message.
+
+    Raises:
+        UserError: it would not come back as it is.
+    """
+    if not _comes_back(column):
+        fix = "make it text or numbers, or set rollout.max_staleness=0, where no rollouts need to be kept"
+        raise UserError(f"column {name!r} holds values that cannot be saved with the rollouts", where=where, fix=fix)
 
 
 class _Text(BaseModel):
@@ -90,14 +112,13 @@ def _dtype(name: str) -> torch.dtype:
 _NUMBERS = ("rollout_logprobs", "old_logprobs", "ref_logprobs", "values", "bootstrap", "score", "advantages", "returns")
 
 
-def _check_column(name: str, column: tuple[Any, ...]) -> None:
+def _comes_back(values: tuple[Any, ...]) -> bool:
+    """Compared as they are written, for NaN is equal to nothing; half a surrogate pair cannot be encoded, and is refused on reading."""
     try:
-        kept = json.loads(json.dumps(column)) == list(column)
-    except (TypeError, ValueError):
-        kept = False
-    if not kept:
-        fix = "make it text or numbers, or set rollout.max_staleness=0, where no rollouts need to be kept"
-        raise UserError(f"column {name!r} holds values that cannot be saved with the rollouts", where="checkpoint", fix=fix)
+        written = json.dumps(values, ensure_ascii=False).encode()
+        return repr(json.loads(written)) == repr(list(values))
+    except (TypeError, ValueError, RecursionError):
+        return False
 
 
 def _tensors(folder: Path, number: int) -> Path:

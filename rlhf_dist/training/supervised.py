@@ -200,7 +200,8 @@ class SupervisedLoop:
             self._evaluations = {int(step): metrics for step, metrics in state["evaluations"].items()}
             self._clock = Clock(dict(state["seconds"]), state["tokens"])
             self._done, self._wall_before, self._skipped = state["step"], state["wall_seconds"], state["skipped"]
-            self.recorder.rewind(self._done, state["metrics_bytes"])
+            if warning := self.recorder.rewind(self._done, state["metrics_bytes"]):
+                self.reporter.message(warning)
         except (KeyError, TypeError, ValueError) as error:
             what = f"the checkpoint's state is not that of a supervised stage: {error!r}"
             raise UserError(what, where=str(checkpoint.folder), fix="use another checkpoint") from None
@@ -241,7 +242,7 @@ class SupervisedLoop:
         return self._wall_before + time.perf_counter() - self._began
 
     def _start(self) -> int:
-        self.recorder.config(self._config)
+        self.recorder.config(self._config, self._resume.folder if self._resume else None)
         self._facts = self.group.collect(self.group.submit(SupervisedRole.describe, [()] * self.group.world_size))[0]
         rows = len(self._facts.lengths)
         if not rows:

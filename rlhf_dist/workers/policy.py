@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from rlhf_dist.algos.objectives import PolicyObjective
+from rlhf_dist.config.errors import writing
 from rlhf_dist.config.loading import dump_config
 from rlhf_dist.config.ppo import PPOConfig
 from rlhf_dist.contracts.engine import SavedFile
@@ -182,13 +183,14 @@ class PolicyWorker(SavedWorker):
         """Writes shards whose policy will be gone (rank 0).
 
         Raises:
-            UserError: a data column cannot be saved.
+            UserError: a data column cannot be saved; the disk is full, or may not be written to.
         """
         if self._rank.rank != 0:
             return ()
         for number, (shard, info) in enumerate(zip(shards, infos, strict=True)):
             write_shard(Path(folder), number, shard, info)
-        return recorded_files(Path(folder))
+        with writing(folder):  # bringing files to disk may be what finds it full
+            return recorded_files(Path(folder))
 
     def load_rollouts(self, folder: str, number: int) -> Stored[ExperienceBatch, RolloutInfo]:
         """One of the shards of `save_rollouts`.

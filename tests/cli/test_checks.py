@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from rlhf_dist.cli.checks import check_run
@@ -228,3 +231,17 @@ def test_a_reward_that_may_outlast_the_runs_patience_is_refused(ppo_values: dict
     source = {"name": "even", "kind": "function", "path": f"{reward_file}:even", "timeout_s": 30.0, "on_failure": "retry", "retries": 3}
     with pytest.raises(UserError, match=r"reward 'even' may take 123\.5 s.*silent for 100 s"):
         check(ppo_values, reward={"sources": [source]}, placement={"call_timeout_s": 100.0})
+
+
+def test_a_column_that_no_checkpoint_can_hold_is_found_before_the_run(ppo_values: dict[str, Any], tmp_path: Path) -> None:
+    """Only where rollouts wait for their step; NaN may wait."""
+    rows = {"prompt": [f"w{row}" for row in range(20)], "weight": [float("nan")] * 20}
+    path = tmp_path / "dated.parquet"
+    pq.write_table(pa.table(rows), path)
+    data = {"train": [str(path)], "eval_fraction": 0.0}
+    assert check(ppo_values, data=data, rollout={"max_staleness": 1})
+    pq.write_table(pa.table(rows | {"when": [None] * 3 + [datetime(2026, 1, 2)] * 17}), path)
+    assert check(ppo_values, data=data)
+    with pytest.raises(UserError, match="column 'when' holds values that cannot be saved with the rollouts") as caught:
+        check(ppo_values, data=data, rollout={"max_staleness": 1})
+    assert caught.value.where.startswith(str(path)) and "3" in caught.value.where and "max_staleness=0" in caught.value.fix

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def test_the_newest_whole_one_is_taken_and_damage_is_told(recorder: Recorder, pp
     found = resumable(config, recorder, reporter)
     assert found is not None and found.step == 1
     assert said(reporter) == [
-        "checkpoint step_000002 is damaged and not used: checkpoint file weights has other contents than were written"
+        "checkpoint step_000002 is damaged and not used: checkpoint file weights has other contents than were written, or cannot be read"
     ]
 
 
@@ -64,9 +65,12 @@ def test_settings_are_held_against_those_of_the_checkpoint(recorder: Recorder, p
         resumable(another, recorder, BufferedReporter())
 
 
-def test_a_run_that_is_over_is_said_to_be(recorder: Recorder, ppo_values: dict[str, Any]) -> None:
-    save(recorder, 1)
-    recorder.summary({"steps": 2})
-    with pytest.raises(UserError, match="the run is over already") as caught:
-        resumable(PPOConfig.model_validate(ppo_values), recorder, BufferedReporter())
-    assert "run.name" in caught.value.fix
+def test_a_run_that_is_over_stays_as_it_is(
+    ppo_values: dict[str, Any], rlhf_dist_ppo: Callable[..., Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Started again, as by a loop around the command, it ends well and does nothing."""
+    root = rlhf_dist_ppo(ppo_values, "run.steps=1")
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    assert rlhf_dist_ppo(ppo_values, "run.steps=1", "run.resume=auto") == root
+    assert "the run is over already" in capfd.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before

@@ -104,6 +104,15 @@ def test_a_rule_that_does_nothing_or_lacks_something_is_refused(rules, said):
         ({"url": "https://"}, "name a host"),
         ({"url": "https://me:pw@judge.example/"}, "user name or password"),
         ({"url": "https://judge.example/#here"}, "fragment"),
+        ({"url": "http://127.0.0.1:80800/"}, "a port is 1 to 65535"),
+        ({"url": "http://127.0.0.1:0/"}, "a port is 1 to 65535"),
+        ({"url": "http://[::1]:x/"}, "a port is 1 to 65535"),
+        ({"url": "http://judge..example/"}, "a part of a host's name 1 to 63 characters"),
+        ({"url": f"http://{'a' * 64}.example/"}, "a part of a host's name 1 to 63 characters"),
+        ({"url": "http://[::1/"}, "host that cannot be read"),
+        ({"url": "http://judge.example/\x01"}, "cannot be printed"),
+        ({"url": "http://jud\tge.example/"}, "cannot be printed"),
+        ({"url": "http://judge .example/"}, "url holds a space"),
         ({"auth_env": "Bearer abc"}, "match pattern"),
         ({"batch_size": 0}, "greater than or equal to 1"),
         ({"concurrency": 0}, "greater than or equal to 1"),
@@ -116,10 +125,18 @@ def test_a_wrong_endpoint_is_refused(change, said):
         RewardSection.model_validate({"sources": [HTTP | change]})
 
 
-def test_a_password_in_a_url_stands_in_no_message(tmp_path):
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:65535/", "http://[::1]:8900/score?key=%20a", "https://jüdge.example/ü", "http://reward_server/", "http://a:/"]
+)
+def test_a_sound_address_is_kept_as_it_was_written(url):
+    assert RewardSection.model_validate({"sources": [HTTP | {"url": url}]}).sources[0].url == url
+
+
+@pytest.mark.parametrize("url", ["https://me:hunter2@judge.example/", "https://me:hunter2@\uff0f.example/", "https://me:hunter2/@judge/"])
+def test_a_password_in_a_url_stands_in_no_message(url):
     from rlhf_dist.config.errors import UserError
     from rlhf_dist.config.loading import load_config
 
     with pytest.raises(UserError) as caught:
-        load_config(RewardSection, None, ["sources=[{kind: http, name: j, url: 'https://me:hunter2@judge.example/'}]"])
-    assert "hunter2" not in str(caught.value) and "auth_env" in str(caught.value)
+        load_config(RewardSection, None, [f"sources=[{{kind: http, name: j, url: '{url}'}}]"])
+    assert "hunter2" not in str(caught.value) and ("auth_env" in str(caught.value) or "host" in str(caught.value))

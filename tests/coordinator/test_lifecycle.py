@@ -138,16 +138,28 @@ def test_a_run_that_was_asked_to_end_goes_on_where_it_stood(run: Run) -> None:
             assert outcome.ends == ["stopped", "finished"] and len(said(outcome, "resumed after step")) == 1
 
 
-def test_another_base_model_is_noticed(schedules: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("changes", "noticed"),
+    [
+        ([], True),
+        (["run.resume: 'never', now 'auto'", "checkpoint.keep: 2, now 3", "placement.restarts: 3, now 4"], True),
+        (["run.resume: 'never', now 'auto'", "policy.deepspeed: '', now 'zero3.json'"], False),
+        (["rollout.ranks: 0, now 1"], False),
+    ],
+)
+def test_another_base_model_is_noticed(schedules: Any, monkeypatch: pytest.MonkeyPatch, changes: list[str], noticed: bool) -> None:
     """What was saved is the trained part: with other weights under it the policy is another one."""
     fakes, run_state = schedules.fakes, lifecycle.RunState.from_dict
     world = schedules.world(0, [fakes.Fault(50.0, "coordinator")])
-    monkeypatch.setattr(lifecycle, "changed_keys", lambda folder, config: [])
+    monkeypatch.setattr(lifecycle, "changed_keys", lambda folder, config: changes)
 
     def other(values: dict[str, Any]) -> Any:
         return run_state(values | {"weights": values["weights"] + 1})
 
     monkeypatch.setattr(lifecycle.RunState, "from_dict", other)
+    if not noticed:  # other settings, and so perhaps other bits
+        schedules.run(fakes.Setting(), world)
+        return
     with pytest.raises(AssertionError, match="ended otherwise: the restored policy's weights have the checksum") as seen:
         schedules.run(fakes.Setting(), world)
     assert isinstance(seen.value.__context__, UserError) and "base model" in seen.value.__context__.fix

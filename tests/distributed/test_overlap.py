@@ -103,7 +103,10 @@ class Idler:
         with self.noting("score", SCORING, step=shard[0], first=shard[1]):
             return Stored(None, PieceInfo((), SCORING))
 
-    def judge(self, shard: tuple[int, int, int]) -> ScoreInfo:
+    def quarantine_to(self, path: str) -> None:
+        pass
+
+    def judge(self, shard: tuple[int, int, int], stream: str, step: int) -> ScoreInfo:
         with self.noting("judge", SCORING, step=shard[0], first=shard[1]):
             return ScoreInfo(tuple(range(shard[2])), (RewardResult("r", (1.0,) * shard[2]),), SCORING)
 

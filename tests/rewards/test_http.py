@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 
 from rlhf_dist.config.errors import UserError
@@ -24,6 +25,14 @@ from rlhf_dist.rewards.http import HttpReward
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 TOKEN = "s3cret-token"
+
+
+class _Several(Exception):
+    """An ExceptionGroup, which Python 3.10 has not."""
+
+    def __init__(self, what: str, exceptions: list[Exception]) -> None:
+        super().__init__(what)
+        self.exceptions = tuple(exceptions)
 
 
 class Endpoint(ThreadingHTTPServer):
@@ -241,6 +250,34 @@ def test_an_endpoint_that_is_not_there(reward_of, endpoint) -> None:
     endpoint.server_close()
     failure = failure_of(reward)
     assert "could not be asked: ConnectError" in failure.what and reward.pauses == [0.5, 1.0]
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/" + "b" * 70_000, "http://999.1.1.1/", "http://\u2603\ufe0f.example/"])
+def test_an_address_that_no_request_can_have_is_found_before_training(url, reward_of) -> None:
+    with pytest.raises(UserError, match="the url cannot be asked") as caught:
+        reward_of(url=url)
+    assert "'h'" in caught.value.where
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OverflowError("port must be 0-65535."), httpx2.InvalidURL("Invalid port"), ValueError("odd"), _Several("two", [KeyError("a")])],
+)
+def test_whatever_befalls_a_request_its_rows_fail_by_the_rules(error, endpoint, reward_of, monkeypatch) -> None:
+    """Half of the requests; the others are judged."""
+    exchange = HttpReward._exchange
+
+    async def breaks(self: HttpReward, rows: int, content: bytes) -> Any:
+        if b"p2" in content:
+            raise error
+        return await exchange(self, rows, content)
+
+    monkeypatch.setattr(HttpReward, "_exchange", breaks)
+    seen: list[Any] = []
+    result = reward_of(batch_size=2, on_failure="drop_group", retries=1)(request(4), seen.append)
+    assert result.values == (0.0, 1.0, None, None) and result.failed == (2, 3) and result.retried == 1
+    inner = getattr(error, "exceptions", (error,))[0]
+    assert f"could not be asked: {type(inner).__name__}: {inner}" in seen[0][2].what
 
 
 def test_the_token_is_sent_and_stands_in_no_message(endpoint, reward_of, monkeypatch) -> None:

@@ -89,12 +89,32 @@ def test_everything_is_on_disk_before_it_counts(store: CheckpointStore, monkeypa
 def test_only_the_newest_are_kept(store: CheckpointStore, root: Path) -> None:
     for step in (1, 2, 3, 10, 1_000_000):
         save(store, step)
-    assert store.prune(2) == [1, 2, 3]
+    assert store.prune(2, 1_000_000) == [1, 2, 3]
     assert [checkpoint.step for checkpoint in store.all()] == [10, 1_000_000]
     assert sorted(path.name for path in root.iterdir()) == ["step_000010", "step_1000000"]
-    assert store.prune(3) == []
+    assert store.prune(3, 1_000_000) == []
     with pytest.raises(ValueError, match="keep"):
-        store.prune(0)
+        store.prune(0, 1)
+
+
+def test_what_was_refused_goes_and_never_what_was_just_committed(store: CheckpointStore, root: Path) -> None:
+    """A run that went back to step 4: 6 was damaged, 8 lacked a readable manifest."""
+    for step in (2, 4, 6, 8):
+        save(store, step)
+    (root / "step_000006" / "policy" / "model.safetensors").write_text("damage")
+    (root / "step_000008" / "manifest.json").write_text("{")
+    save(store, 5)
+    assert store.prune(1, 5) == [2, 4, 6, 8]
+    assert newest(store) == (5, [])
+
+
+def test_where_none_is_whole_nobody_begins_anew(store: CheckpointStore, root: Path) -> None:
+    for step in (1, 2):
+        (save(store, step).folder / "policy" / "model.safetensors").write_text("damage")
+    refused: list[str] = []
+    with pytest.raises(UserError, match="none of the run's 2 checkpoints can be used") as caught:
+        store.newest(refused.append)
+    assert len(refused) == 2 and caught.value.where == str(root)
 
 
 def test_what_damaged_means(store: CheckpointStore, root: Path) -> None:
@@ -106,7 +126,10 @@ def test_what_damaged_means(store: CheckpointStore, root: Path) -> None:
     weights.write_text("weights of step 3")
     assert newest(store) == (
         1,
-        ["checkpoint step_000002 is damaged and not used: checkpoint file policy/model.safetensors has other contents than were written"],
+        [
+            "checkpoint step_000002 is damaged and not used: "
+            "checkpoint file policy/model.safetensors has other contents than were written, or cannot be read"
+        ],
     )  # fmt: skip
     weights.write_text("w")
     assert newest(store)[0] == 1 and "has 1 bytes, not 17" in newest(store)[1][0]
@@ -137,10 +160,11 @@ def test_any_changed_bit_is_noticed(store: CheckpointStore) -> None:
             damaged = bytearray(original)
             damaged[draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)
             path.write_bytes(bytes(damaged))
-            step, refused = newest(store)
-            if step is not None:  # JSON has room for changes that mean nothing
+            refused: list[str] = []
+            try:
+                assert store.newest(refused.append) is not None  # JSON has room for changes that mean nothing
                 assert path.name == "manifest.json" and read_checkpoint(whole.folder) == whole
-            else:
+            except UserError:
                 assert len(refused) == 1
         path.write_bytes(original)
     assert newest(store) == (1, [])
@@ -152,7 +176,7 @@ def test_a_refused_one_makes_room_for_the_same_step(store: CheckpointStore, root
     (damaged.folder / "policy" / "model.safetensors").write_text("damage")
     save(store, 2, "new")
     assert newest(store) == (2, [])
-    store.prune(2)
+    store.prune(2, 2)
     assert sorted(path.name for path in root.iterdir()) == ["step_000001", "step_000002"]
 
 

@@ -101,6 +101,16 @@ def test_a_run_that_recorded_something_is_never_cleared(tmp_path: Path) -> None:
     assert folder.metrics.is_file()
 
 
+def test_a_failed_start_keeps_what_tells_why(tmp_path: Path) -> None:
+    """A sample in quarantine, what an earlier run left: only what every run makes before it does anything is nothing."""
+    for name in ("quarantine.jsonl", "reports/stuck_1.txt", "export/policy/config.json", "rollouts/step_000001.parquet"):
+        folder = RunFolder.create(tmp_path, name.split("/")[0])
+        folder.metrics.touch()
+        (folder.root / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder.root / name).write_text("x")
+        assert not folder.clear_unused() and (folder.root / name).read_text() == "x"
+
+
 def test_a_run_that_goes_on_keeps_its_folder(tmp_path: Path) -> None:
     first = RunFolder.create(tmp_path, "a", resume=True)
     first.write_config("run: {}\n")

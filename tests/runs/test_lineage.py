@@ -47,6 +47,7 @@ def test_the_same_settings_are_the_same_run(saved: Path, ppo_values: dict[str, A
         ("run.output_dir", "elsewhere", "run.output_dir: "),
         ("run.name", "copy", "run.name: 'test', now 'copy'"),
         ("rollout.slots", 4, "rollout.slots: 8, now 4"),
+        ("reward.sources.0.start_timeout_s", 9.0, "reward.sources.0.start_timeout_s: 300.0, now 9.0"),
     ],
 )
 def test_where_and_how_the_work_is_cut_may_change_and_is_said(
@@ -74,6 +75,22 @@ def test_what_decides_the_result_may_not(saved: Path, ppo_values: dict[str, Any]
     with pytest.raises(UserError, match=rf"other settings: .*{key}: ") as caught:
         check_same_run(saved, changed(ppo_values, key, value))
     assert caught.value.where == str(saved) and "new run" in caught.value.fix
+
+
+def test_the_token_of_an_endpoint_may_come_from_elsewhere(tmp_path: Path, ppo_values: dict[str, Any]) -> None:
+    ppo_values["reward"]["sources"] = [{"name": "judge", "kind": "http", "url": "http://host/score", "auth_env": "TOKEN"}]
+    (tmp_path / CONFIG).write_text(dump_config(PPOConfig.model_validate(ppo_values)))
+    config = changed(ppo_values, "reward.sources.0.auth_env", "TOKEN_2")
+    assert check_same_run(tmp_path, config) == ["reward.sources.0.auth_env: 'TOKEN', now 'TOKEN_2'"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "rounds"),
+    [("placement.threads_per_rank", 2, True), ("policy.ranks", 2, True), ("placement.restarts", 9, False), ("checkpoint.every", 3, False)],
+)
+def test_what_takes_sums_in_another_order_is_said_to(saved: Path, ppo_values: dict[str, Any], key: str, value: Any, rounds: bool) -> None:
+    (change,) = check_same_run(saved, changed(ppo_values, key, value))
+    assert change.startswith(f"{key}: ") and change.endswith(" (the run goes on up to rounding)") == rounds
 
 
 def test_a_key_that_came_or_went_counts_as_a_change(saved: Path, ppo_values: dict[str, Any]) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.contracts.experience import ExperienceBatch
 from rlhf_dist.contracts.roles import RolloutInfo
 from rlhf_dist.contracts.tally import Tally
+from rlhf_dist.runs import rollout_state
 from rlhf_dist.runs.rollout_state import read_shard, write_shard
 
 
@@ -53,7 +56,49 @@ def test_everything_comes_back_as_it_was(tmp_path: Path) -> None:
     assert told == info and told.tally.means() == info.tally.means()
 
 
-@pytest.mark.parametrize("bad", [(object(), 1), ((1, 2), (3, 4)), (b"bytes", ""), ({1: "key"}, {})])
+def test_numbers_that_are_none_come_back(tmp_path: Path) -> None:
+    """A Parquet file may hold them, alone or in lists."""
+    column = (float("nan"), [float("inf"), float("-inf"), float("nan"), -0.0, 5e-324, 2**70])
+    write_shard(tmp_path, 0, *shard(weight=column))
+    assert repr(read_shard(tmp_path, 0)[0].columns["weight"]) == repr(column)
+
+
+@pytest.mark.parametrize("field", ["prompts", "completions"])
+def test_text_that_could_not_be_read_again_is_not_written(tmp_path: Path, field: str) -> None:
+    batch, info = shard()
+    with pytest.raises(UserError, match="a prompt or completion cannot be saved"):
+        write_shard(tmp_path / "new", 0, dataclasses.replace(batch, **{field: ("half \ud83d", "")}), info)
+    assert not list(tmp_path.iterdir()), "nothing half-written"
+
+
+@pytest.mark.parametrize("name", ["shard_0000.json", "shard_0000.safetensors"])
+def test_a_full_disk_is_told_in_words(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """/dev/full takes no byte of the text; safetensors writes beside and renames, so its error stands here as a full disk gave it."""
+
+    def full(*_: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    if name.endswith(".json"):
+        (tmp_path / name).symlink_to("/dev/full")
+    else:
+        monkeypatch.setattr(rollout_state, "save_file", full)
+    with pytest.raises(UserError, match="the disk is full") as caught:
+        write_shard(tmp_path, 0, *shard())
+    assert caught.value.where == str(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["shard_0000.json", "shard_0000.safetensors"])
+def test_what_the_file_system_refuses_is_told_in_words(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=r"it cannot be written \(.*Is a directory") as caught:
+        write_shard(tmp_path, 0, *shard())
+    assert caught.value.where == str(tmp_path)
+
+
+BAD = [(object(), 1), ((1, 2), (3, 4)), (b"bytes", ""), ({1: "key"}, {}), (datetime(2026, 1, 2), None), ("half \ud83d", "")]
+
+
+@pytest.mark.parametrize("bad", BAD)
 def test_a_column_that_json_would_change_is_refused_by_name(tmp_path: Path, bad: tuple[Any, ...]) -> None:
     with pytest.raises(UserError, match="column 'odd' holds values") as caught:
         write_shard(tmp_path, 0, *shard(odd=bad))

@@ -1,7 +1,9 @@
 """One rank of the policy through a whole step: sample, score, estimate, train, sync, at ZeRO 0 and 3, with and without an adapter."""
 
 import dataclasses
+import errno
 import math
+import os
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -292,3 +294,18 @@ def test_beside_a_rollout_group_it_holds_no_sampler_and_no_copy(stage, worker_of
     assert done.info.done.checksum == worker_of(3).sync_weights(0).checksum
     assert bucket.info.bytes == done.info.done.bytes == sum(weight.nbytes for weight in bucket.payload.values())
     assert worker.place().device == "cpu"
+
+
+def test_a_disk_that_is_full_when_rollouts_come_to_it_is_told_in_words(worker_of, tmp_path, monkeypatch) -> None:
+    """What is written may lie in memory until it is synced."""
+    worker = worker_of()
+    rollouts = worker.generate(request())
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    assert len(worker.save_rollouts(str(tmp_path / "a"), [rollouts.payload], [rollouts.info])) == 2
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="the disk is full") as caught:
+        worker.save_rollouts(str(tmp_path / "b"), [rollouts.payload], [rollouts.info])
+    assert caught.value.where == str(tmp_path / "b")
