@@ -82,9 +82,14 @@ class CheckpointStore:
         return folder
 
     def clear(self) -> None:
-        """Removes what killed runs left half-written or half-removed. Nobody may be writing."""
-        for leftover in self._root.glob(".step_*"):
-            shutil.rmtree(leftover)
+        """Removes what killed runs left half-written or half-removed. A worker that is about to end may still be writing into one: it is
+        moved out of the way first, and what appears in it then goes with the next `prune`."""
+        for leftover in list(self._root.glob(".step_*")):
+            aside = leftover if leftover.name.endswith(".aside") else leftover.with_name(f"{leftover.name}.aside")
+            shutil.rmtree(aside, ignore_errors=True)
+            if leftover != aside:
+                os.rename(leftover, aside)
+                shutil.rmtree(aside, ignore_errors=True)
 
     def commit(self, step: int, state: dict[str, Any], written: Iterable[SavedFile] = ()) -> Checkpoint:
         """Makes the folder of `begin` count: manifest, to disk, rename.
@@ -162,7 +167,7 @@ class CheckpointStore:
             shutil.rmtree(_aside(self._final(step)), ignore_errors=True)
             os.rename(self._final(step), _aside(self._final(step)))
         for folder in self._root.glob(".step_*.aside"):
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
         return doomed
 
     def _steps(self) -> dict[int, Checkpoint | UserError]:
