@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv with the development tools and runs every check: lint, format, types, layers, tests.
-# usage: bash launch/test.sh [pytest option ...]      for example: bash launch/test.sh tests/laws -x
+# usage: bash launch/test.sh [pytest option ...]      for example: bash launch/test.sh tests/laws -x; without options all but the tests marked long
 #        bash launch/test.sh --vllm [pytest option ...]      instead, the tests of vLLM, which gets an environment of its own (vllm_env.sh)
 set -euo pipefail
 # shellcheck source=launch/_setup.sh
@@ -35,7 +35,7 @@ if (($#)); then
   python -m pytest "${marks[@]}" "$@"
 else # whole runs wait for processes to start more than they compute: they and all the rest go side by side
   status=0 log="$(mktemp)"
-  python -m pytest -m "(distributed or slow)$gpu" >"$log" 2>&1 &
+  python -m pytest -m "(distributed or slow) and not long$gpu" >"$log" 2>&1 &
   runs=$!
   python -m pytest -m "not distributed and not slow$gpu" || status=$?
   wait "$runs" || status=$?

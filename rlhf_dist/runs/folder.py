@@ -31,7 +31,13 @@ class RunFolder:
 
     @classmethod
     def named(cls, output_dir: str | Path, name: str) -> RunFolder:
-        """Where a run's folder is, or would be."""
+        """Where a run's folder is, or would be.
+
+        Raises:
+            UserError: the name leads elsewhere.
+        """
+        if name in ("", ".", "..") or Path(name).name != name:
+            raise UserError(f"{name!r} cannot name a run folder", where="run.name", fix="use letters, digits, '_', '-' and '.'")
         return cls(Path(output_dir).expanduser().absolute() / name)
 
     @property
@@ -47,9 +53,7 @@ class RunFolder:
             UserError: the folder holds something and `overwrite` is off, or it is not a run folder, or it cannot be written, or it is a
                 link that leads elsewhere.
         """
-        if name in ("", ".", "..") or Path(name).name != name:
-            raise UserError(f"{name!r} cannot name a run folder", where="run.name", fix="use letters, digits, '_', '-' and '.'")
-        root = Path(output_dir).expanduser().absolute() / name
+        root = cls.named(output_dir, name).root
         if not root.resolve().is_relative_to(root.parent.resolve()):
             raise UserError(
                 "the run folder is a link that leads out of run.output_dir", where=str(root), fix="set run.output_dir to where it leads"

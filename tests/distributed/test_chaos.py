@@ -50,6 +50,7 @@ def assert_equal(verdict: dict[str, Any]) -> None:
     assert verdict == {"weights_equal": {"policy": True, "value": True}, "samples_equal": True, "each_sample_once": True}
 
 
+@pytest.mark.long
 def test_a_frozen_group_is_rebuilt_a_training_rank_rolls_back_a_coordinator_is_started_again(lived: Any) -> None:
     """Deaths in three steps; the reference's while the policy samples, so that nothing it owed is there yet."""
     plan = [
