@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from rlhf_dist.config.errors import UserError
+from rlhf_dist.config.errors import UserError, first_line
 from rlhf_dist.workers.placement import Demand, Node
 
 CONNECT_S = 10.0
@@ -48,11 +48,10 @@ def _join(address: str, options: dict[str, Any]) -> None:
             socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
         ray.init(**options)
     except (OSError, ValueError, RuntimeError, RayError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         fix = (
             "see that it is up (`ray status`); one that asks for a token (Ray makes a token file for it) needs RAY_AUTH_MODE=token here too"
         )
-        raise UserError(f"cannot join the Ray cluster at {address}: {reason}", where="RAY_ADDRESS", fix=fix) from None
+        raise UserError(f"cannot join the Ray cluster at {address}: {first_line(error)}", where="RAY_ADDRESS", fix=fix) from None
 
 
 def cluster_nodes() -> list[Node]:

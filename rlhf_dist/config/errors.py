@@ -56,5 +56,10 @@ def writing(where: object) -> Iterator[None]:
         raise UserError(what, where=str(where), fix=fix) from error
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, in one line; its kind where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def _rebuild(kind: type[UserError], what: str, where: str, fix: str) -> UserError:
     return kind(what, where=where, fix=fix)

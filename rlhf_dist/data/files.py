@@ -22,7 +22,7 @@ import pyarrow.csv
 import pyarrow.ipc
 import pyarrow.parquet
 
-from rlhf_dist.config.errors import UserError
+from rlhf_dist.config.errors import UserError, first_line
 
 Row = dict[str, Any]
 
@@ -78,7 +78,7 @@ def iter_rows_and_errors(path: str, *, text_columns: Sequence[str] = ()) -> Iter
         raise UserError("the data file does not exist", where=path, fix=f"check the path (relative to {Path.cwd()})") from None
     except DAMAGE as error:
         raise UserError(
-            f"cannot read the file: {_first_line(error)}", where=_place_after(path, count), fix=_remedy(suffix, gzipped)
+            f"cannot read the file: {first_line(error)}", where=_place_after(path, count), fix=_remedy(suffix, gzipped)
         ) from None
     if not count:
         raise UserError("the data file has no rows", where=path, fix="give a file with at least one row")
@@ -219,7 +219,7 @@ def _to_python(batch: pa.RecordBatch, path: str, first_row: int) -> list[Row | U
             return [row for i in range(batch.num_rows) for row in _to_python(batch.slice(i, 1), path, first_row + i)]
         if isinstance(error, UnicodeDecodeError):
             return [UserError(f"not UTF-8 text: {error.reason}", where=place(path, first_row), fix="write the column as UTF-8")]
-        what = f"a value that cannot be read: {_first_line(error)}"  # a date of the year 300000, a time zone that nobody knows
+        what = f"a value that cannot be read: {first_line(error)}"  # a date of the year 300000, a time zone that nobody knows
         return [UserError(what, where=place(path, first_row), fix="write the column as text or numbers")]
 
 
@@ -319,10 +319,6 @@ def _as_bytes(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_list(kind):
         return pa.list_(kind.value_field.with_type(_as_bytes(kind.value_type)))
     return kind
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _remedy(suffix: str, gzipped: bool) -> str:

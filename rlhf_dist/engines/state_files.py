@@ -31,6 +31,7 @@ from torch import Tensor
 
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.contracts.engine import SavedFile
+from rlhf_dist.runs.atomic import to_disk
 
 FORMAT = 1
 INDEX = "fragments.json"
@@ -145,7 +146,7 @@ def writing(folder: Path) -> Iterator[list[SavedFile]]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield files
-        _sync(folder)
+        to_disk(folder)
     except OSError as error:
         for file in files:
             (folder / file.name).unlink(missing_ok=True)
@@ -186,7 +187,7 @@ def write_buffers(path: Path, buffers: Mapping[str, Tensor]) -> SavedFile:
 
 def settled(path: Path) -> SavedFile:
     """Makes a file durable that somebody else wrote, and hashes it."""
-    _sync(path)
+    to_disk(path)
     content = path.read_bytes()
     return SavedFile(path.name, len(content), hashlib.sha256(content).hexdigest())
 
@@ -320,11 +321,3 @@ def _write(path: Path, heads: Iterable[bytes], tensors: Iterable[Tensor] = ()) -
         error.filename = error.filename or str(path)
         raise
     return SavedFile(path.name, size, digest.hexdigest())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

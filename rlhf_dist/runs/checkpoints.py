@@ -21,7 +21,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, NonNegativeInt
 
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.contracts.engine import SavedFile
-from rlhf_dist.runs.atomic import sync_folder, write_text
+from rlhf_dist.runs.atomic import to_disk, write_text
 from rlhf_dist.runs.summary import versions
 
 MANIFEST = "manifest.json"
@@ -112,12 +112,12 @@ class CheckpointStore:
         values["files"] = {name: [file.bytes, file.sha256] for name, file in sorted(files.items())}
         write_text(partial / MANIFEST, json.dumps(values | {"sha256": _digest(values)}, indent=2, allow_nan=False) + "\n")
         for folder in sorted({partial, *(path.parent for path in partial.rglob("*"))}):
-            sync_folder(folder)
+            to_disk(folder)
         if final.exists():  # one that was refused: a whole one of the same step is never written again
             shutil.rmtree(_aside(final), ignore_errors=True)
             os.rename(final, _aside(final))
         os.rename(partial, final)
-        sync_folder(self._root)
+        to_disk(self._root)
         return _read(final)
 
     def all(self) -> list[Checkpoint]:
@@ -197,7 +197,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 def recorded_files(folder: Path) -> tuple[SavedFile, ...]:
     """All files of a folder, brought to disk and hashed."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return tuple(_to_disk(path.relative_to(folder).as_posix(), path) for path in paths)
+    return tuple(_durable(path.relative_to(folder).as_posix(), path) for path in paths)
 
 
 def hash_of(path: Path) -> str:
@@ -227,12 +227,11 @@ def _recorded(folder: Path, written: dict[str, SavedFile]) -> dict[str, SavedFil
             raise UserError(f"{name} was written with {file.bytes} bytes, but {seen} from the coordinator", where=str(folder), fix=fix)
     if not paths:
         raise ValueError(f"the checkpoint in {folder} is empty")
-    return written | {name: _to_disk(name, path) for name, path in paths.items() if name not in written}
+    return written | {name: _durable(name, path) for name, path in paths.items() if name not in written}
 
 
-def _to_disk(name: str, path: Path) -> SavedFile:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def _durable(name: str, path: Path) -> SavedFile:
+    to_disk(path)
     return SavedFile(name, path.stat().st_size, hash_of(path))
 
 

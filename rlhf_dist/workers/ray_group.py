@@ -16,7 +16,7 @@ from ray.experimental import get_object_locations
 from ray.util.placement_group import get_placement_group, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rlhf_dist.config.errors import UserError
+from rlhf_dist.config.errors import UserError, first_line
 from rlhf_dist.config.operation import PlacementSection
 from rlhf_dist.contracts.group import Late, Lost, RankReport
 from rlhf_dist.workers.heartbeat import Heartbeat
@@ -206,7 +206,7 @@ class RayGroup:
             gone = [group.name for group in groups if not group.alive()]
             if not gone:
                 raise
-            what = f"a worker process of {', '.join(gone)} is gone; others noticed it: {_first_line(error)}"
+            what = f"a worker process of {', '.join(gone)} is gone; others noticed it: {first_line(error)}"
             raise Lost(what, where=", ".join(gone), fix=DIED) from error
 
     def _send(self, rank: int, method: str, arguments: tuple[Any, ...]) -> RayHandle:
@@ -278,21 +278,17 @@ def get(reference: Any, timeout_s: float, asked: str) -> Any:
         if isinstance(cause, UserError):
             raise cause from None
         if isinstance(cause, RayError):  # what it was given came from a process that died
-            raise Lost(f"a worker process died: {_first_line(cause)}", where=asked, fix=DIED) from None
+            raise Lost(f"a worker process died: {first_line(cause)}", where=asked, fix=DIED) from None
         raise
     except RayActorError as error:
-        raise Lost(f"a worker process died: {_first_line(error)}", where=asked, fix=DIED) from None
+        raise Lost(f"a worker process died: {first_line(error)}", where=asked, fix=DIED) from None
     except RayError as error:
-        raise Lost(f"Ray failed: {_first_line(error)}", where=asked, fix="see `ray status` and the Ray logs") from None
+        raise Lost(f"Ray failed: {first_line(error)}", where=asked, fix="see `ray status` and the Ray logs") from None
 
 
 def _is_kept(place: Mapping[str, Any]) -> bool:
     """Small objects live with whoever asked, and have no place; larger ones on machines, of which one must be left."""
     return bool(place["node_ids"]) or place["object_size"] is None or place["object_size"] <= INLINED
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _late(timeout_s: float, asked: str) -> Late:
