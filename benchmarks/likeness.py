@@ -19,14 +19,15 @@ TOLERANCES: dict[str, tuple[float, float]] = {
     "score": (0.05, 0.02),
     "kl": (0.0, 1.0),
     "clipped": (0.0, 0.02),
-    "policy_loss": (0.05, 0.03),
+    "policy_loss": (0.05, 0.1),
     "value_loss": (0.15, 0.005),
     "policy_gradient": (0.1, 0.0),
     "value_gradient": (0.2, 0.0),
 }
 """Relative and absolute difference that a result may have. surprise: −Σ log-prob of a completion, mean over completions, in nats; score:
 mean reward; kl: to the reference, nats a completion; clipped: share of clipped tokens; losses, and norms of
-gradients before any clipping: of the first minibatch. Seen: 3 % in the value's two, less than 1 % in the others."""
+gradients before any clipping: of the first minibatch. Seen: 3 % in the value's two, less than 1 % in the others; but the policy's loss, the
+mean of whitened advantages (deviation 1) in one minibatch, differed by up to 0.06 where rows are ragged, for the place that TRL adds."""
 
 
 def digest(rows: Iterable[Sequence[int]]) -> str:

@@ -79,7 +79,7 @@ def main(
     stages: Annotated[str, typer.Option(help="ZeRO stages, by comma")] = "0,1,2,3",
     layouts: Annotated[str, typer.Option(help="layouts, by comma; stages are compared on the last")] = ",".join(LAYOUTS),
     lengths: Annotated[str, typer.Option(help="ragged, full, by comma; stages are compared on the first")] = "ragged,full",
-    rows: Annotated[int, typer.Option(help="sequences of an optimizer step")] = 16,
+    rows: Annotated[int, typer.Option(help="sequences of an optimizer step")] = 32,
     limit: Annotated[int, typer.Option(help="longest completion, in tokens")] = 128,
     microbatch_tokens: Annotated[int, typer.Option(help="most tokens in a forward, and of plain rows most slots")] = 4096,
     rows_per_forward: Annotated[int, typer.Option(help="rows of a forward, padded")] = 8,

@@ -19,7 +19,7 @@ if [[ "${1:-}" == --vllm ]]; then
   export_offline_environment
   # The engine in its own environment; then runs in ours, which start it there.
   "$RLHF_DIST_VLLM_PYTHON" -m pytest "${marks[@]}" tests/rollout/test_vllm.py "$@"
-  exec "$VENV/bin/python" -m pytest -m vllm tests/distributed "$@"
+  exec "$VENV/bin/python" -m pytest -m vllm tests/distributed tests/benchmarks "$@"
 fi
 
 install_package dev
@@ -33,11 +33,11 @@ lint-imports
 began=$SECONDS
 if (($#)); then
   python -m pytest "${marks[@]}" "$@"
-else # whole runs wait for processes to start more than they compute: they and all the rest go side by side
+else # runs of several processes wait as much as they compute: they and all the rest go side by side
   status=0 log="$(mktemp)"
-  python -m pytest -m "(distributed or slow) and not long$gpu" >"$log" 2>&1 &
+  python -m pytest -m "distributed and not long$gpu" >"$log" 2>&1 &
   runs=$!
-  python -m pytest -m "not distributed and not slow$gpu" || status=$?
+  python -m pytest -m "not distributed and not long$gpu" || status=$?
   wait "$runs" || status=$?
   cat "$log"
   rm "$log"

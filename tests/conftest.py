@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -221,36 +223,67 @@ def plain_rank() -> Any:
 
 
 @pytest.fixture(scope="session")
-def run_ranks() -> Any:
-    """`run_ranks(script, world_size, *arguments)`: see `_run_ranks`."""
-    return _run_ranks
+def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., list[Any]]]:
+    """`run_ranks(script, world_size, *arguments)`: see `Ranks.run`."""
+    ranks = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield ranks.run
+    ranks.close()
 
 
-def _run_ranks(script: Path, world_size: int, *arguments: str, timeout: float = 240) -> list[Any]:
-    """Runs a script as the ranks of one process group (RANK, WORLD_SIZE, MASTER_* set) and returns what each printed last, as JSON."""
-    from rlhf_dist.engines.process import free_port
+class Ranks:
+    """Processes forked off one that has imported everything (programs/ranks.py)."""
 
-    common = os.environ | {
-        "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "PYTHONPATH": str(ROOT),
-    }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), *arguments],
-            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(world_size)
-    ]  # fmt: skip
-    try:
-        answers = [process.communicate(timeout=timeout) for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    for process, (out, err) in zip(ranks, answers, strict=True):
-        assert process.returncode == 0, f"{script.name}: rank failed with {process.returncode}\n{out[-2000:]}\n{err[-4000:]}"
-    return [json.loads(out.strip().splitlines()[-1]) for out, _ in answers]
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._template: subprocess.Popen[str] | None = None
+
+    def run(self, script: Path, world_size: int, *arguments: str, timeout: float = 240) -> list[Any]:
+        """Runs a script as the ranks of one process group (RANK, WORLD_SIZE, MASTER_* set); returns what each printed last, as JSON."""
+        from rlhf_dist.engines.process import free_port
+
+        common = os.environ | {
+            "WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "PYTHONPATH": str(ROOT),
+        }
+        said = [{kind: self._folder / f"rank{rank}.{kind}" for kind in ("out", "err")} for rank in range(world_size)]
+        ranks = [
+            {"environment": common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}} | {kind: str(path) for kind, path in files.items()}
+            for rank, files in enumerate(said)
+        ]
+        statuses = self._answer(json.dumps({"script": str(script), "arguments": arguments, "ranks": ranks}), timeout)
+        for status, files in zip(statuses, said, strict=True):
+            out, err = files["out"].read_text()[-2000:], files["err"].read_text()[-4000:]
+            assert status == 0, f"{script.name}: rank failed with {status}\n{out}\n{err}"
+        return [json.loads(files["out"].read_text().strip().splitlines()[-1]) for files in said]
+
+    def close(self) -> None:
+        """Ends the process and those it has forked."""
+        if self._template is not None:
+            os.killpg(self._template.pid, signal.SIGKILL)
+            self._template.wait()
+            self._template = None
+
+    def _answer(self, job: str, timeout: float) -> list[int]:
+        if self._template is None:
+            self._template = subprocess.Popen(
+                [sys.executable, str(ROOT / "tests" / "programs" / "ranks.py")], text=True, start_new_session=True,
+                env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            )  # fmt: skip
+        template = self._template
+        assert template.stdin is not None and template.stdout is not None
+        overdue = threading.Timer(timeout, self.close)
+        overdue.start()
+        try:
+            template.stdin.write(job + "\n")
+            template.stdin.flush()
+            answer = template.stdout.readline()
+        finally:
+            overdue.cancel()
+        assert answer, f"the ranks did not end within {timeout:g} s, or their template died"
+        statuses: list[int] = json.loads(answer)
+        return statuses
 
 
 @pytest.fixture(scope="session")

@@ -1,15 +1,15 @@
-"""What a launcher must know of a stage: what to check, which groups to start, what to run over them."""
+"""What a launcher must know of a stage: what to check, which groups to start, what to run over them.
+
+Checks and workers are named, and imported where they are wanted: the coordinator's process runs the loop and loads no model.
+"""
 
 from __future__ import annotations
 
 import functools
+import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from rlhf_dist.cli.checks import check_run
-from rlhf_dist.cli.dpo_checks import check_dpo
-from rlhf_dist.cli.reward_checks import check_reward_model
-from rlhf_dist.cli.sft_checks import check_sft
 from rlhf_dist.config.dpo import DPOConfig
 from rlhf_dist.config.ppo import PPOConfig
 from rlhf_dist.config.reward_model import RewardModelConfig
@@ -24,17 +24,19 @@ from rlhf_dist.training.dpo import DPO
 from rlhf_dist.training.reward_model import REWARD
 from rlhf_dist.training.sft import SFT
 from rlhf_dist.training.supervised import Stage, SupervisedLoop
-from rlhf_dist.workers.dpo import build_dpo
 from rlhf_dist.workers.interpreter import check_interpreter
 from rlhf_dist.workers.placement import Demand, demands
-from rlhf_dist.workers.reward_model import build_reward_model
-from rlhf_dist.workers.roles import ROLES, build_worker
-from rlhf_dist.workers.sft import build_sft
+from rlhf_dist.workers.roles import ROLES
 
 
 def never() -> bool:
     """Nobody asks the run to stop."""
     return False
+
+
+def built(name: str, *given: Any) -> Any:
+    """What the function `module:function` makes of the arguments."""
+    return pkgutil.resolve_name(name)(*given)
 
 
 class Program(Protocol):
@@ -82,7 +84,7 @@ class PPOProgram:
 
     def check(self) -> Any:
         """Models, data, rewards, DeepSpeed files, the interpreter of the rollout ranks."""
-        facts = check_run(self.config)
+        facts = built("rlhf_dist.cli.checks:check_run", self.config)
         if self.config.rollout.python:
             check_interpreter(self.config.rollout.python)
         return facts
@@ -93,7 +95,7 @@ class PPOProgram:
 
     def factory(self, role: str) -> Callable[[Rank], Any]:
         """The role's worker."""
-        return functools.partial(build_worker, role, self.config)
+        return functools.partial(built, "rlhf_dist.workers.roles:build_worker", role, self.config)
 
     def run(
         self,
@@ -113,15 +115,15 @@ class SupervisedProgram:
     sections = ("model",)
     loads_in_turn = False
     stage: Stage
-    checks: Callable[[Any], Any]
-    builds: Callable[[Any, Rank], Any]
+    checks: str
+    builds: str
 
     def __init__(self, config: Any) -> None:
         self.config = config
 
     def check(self) -> Any:
         """Model, data, DeepSpeed file."""
-        return type(self).checks(self.config)
+        return built(self.checks, self.config)
 
     def demands(self) -> list[Demand]:
         """The one group."""
@@ -130,7 +132,7 @@ class SupervisedProgram:
 
     def factory(self, role: str) -> Callable[[Rank], Any]:
         """The one worker."""
-        return functools.partial(type(self).builds, self.config)
+        return functools.partial(built, self.builds, self.config)
 
     def run(
         self,
@@ -147,19 +149,22 @@ class SupervisedProgram:
 class SFTProgram(SupervisedProgram):
     """Supervised fine-tuning."""
 
-    stage, checks, builds = SFT, staticmethod(check_sft), staticmethod(build_sft)
+    stage = SFT
+    checks, builds = "rlhf_dist.cli.sft_checks:check_sft", "rlhf_dist.workers.sft:build_sft"
 
 
 class RewardProgram(SupervisedProgram):
     """Training of a reward model; it reports at the end."""
 
-    stage, checks, builds = REWARD, staticmethod(check_reward_model), staticmethod(build_reward_model)
+    stage = REWARD
+    checks, builds = "rlhf_dist.cli.reward_checks:check_reward_model", "rlhf_dist.workers.reward_model:build_reward_model"
 
 
 class DPOProgram(SupervisedProgram):
     """Direct preference optimisation; the reference is asked before the first step."""
 
-    stage, checks, builds = DPO, staticmethod(check_dpo), staticmethod(build_dpo)
+    stage = DPO
+    checks, builds = "rlhf_dist.cli.dpo_checks:check_dpo", "rlhf_dist.workers.dpo:build_dpo"
 
 
 PROGRAMS: dict[type, Any] = {PPOConfig: PPOProgram, SFTConfig: SFTProgram, RewardModelConfig: RewardProgram, DPOConfig: DPOProgram}

@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -73,6 +71,8 @@ class Adapter:
 
     def scale(self, layer: str, rank: int) -> float:
         """alpha / r of a layer, or alpha / √r (rsLoRA, arXiv 2312.03732)."""
+        from peft.utils.other import get_pattern_key
+
         patterns: dict[str, float] = self.config.get("alpha_pattern") or {}
         alpha = patterns.get(get_pattern_key(list(patterns), layer), float(self.config["lora_alpha"]))
         return alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
@@ -212,6 +212,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"cannot read the adapter's configuration: {error}", where=str(path), fix=fix) from error
     if not isinstance(config, dict) or "peft_type" not in config:
         raise UserError("this is no configuration of a peft adapter", where=str(path), fix=fix)
+    from peft import LoraConfig
+
     merge = "merge it with peft (merge_and_unload), save the merged model and give that folder"
     if config["peft_type"] != "LORA":
         raise UserError(f"the adapter is of the kind {config['peft_type']}; only LoRA is read", where=str(path), fix=merge)

@@ -6,14 +6,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_dist.config.engines import LoraSection
 from rlhf_dist.config.errors import UserError
-from rlhf_dist.models.quantisation import Linear4bit, dequantised
+from rlhf_dist.models.quantisation import dequantised, in_4_bits
 
 NamedWeight = tuple[str, list[nn.Parameter], Callable[[], Tensor]]
 """A weight's Hugging Face name, the parameters it is made from, and what computes it once those are gathered (ZeRO 3)."""
@@ -32,6 +30,8 @@ def add_adapter(model: Any, section: LoraSection, seed: int, head: str | None = 
         UserError: no module of the model has one of the wanted names, or one that has it cannot be adapted; the embeddings are to be
             adapted and are tied, so that merging would change the head too, which was not trained so.
     """
+    from peft import LoraConfig, get_peft_model  # most runs have no adapter, and it takes a second
+
     tied = tied_weight(model)
     targets: Any = section.target_modules if isinstance(section.target_modules, str) else list(section.target_modules)
     names = [name for name, _ in model.named_modules()]
@@ -48,7 +48,7 @@ def add_adapter(model: Any, section: LoraSection, seed: int, head: str | None = 
             adapted = get_peft_model(model, config, autocast_adapter_dtype=False).eval()
         except ValueError as error:
             raise _misfit(f"the adapter fits no module: {str(error).splitlines()[0]}") from error
-    if any(_parts(module)[0] is tied for module in adapted.modules() if isinstance(module, LoraLayer)):
+    if any(_parts(module)[0] is tied for module in adapted.modules() if _is_adapted(module)):
         raise _misfit("the embeddings of this model are tied to its head: an adapter on one of them cannot be merged")
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:  # in the model's precision, as DeepSpeed keeps it: a copy beside the engine must hold what the engine sends
@@ -63,11 +63,11 @@ def named_weights(model: nn.Module) -> Iterator[NamedWeight]:
     precision. A tied weight comes once."""
     done: set[int] = set()
     for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
+        if _is_adapted(module):
             weight, adapters = _parts(module)
             done.add(id(weight))
             yield _plain(f"{name}.weight"), [weight, *adapters], _merge(module)
-        elif isinstance(module, Linear4bit) and id(module.weight) not in done:
+        elif in_4_bits(module) and id(module.weight) not in done:
             packed: Any = module.weight
             done.add(id(packed))
             yield _plain(f"{name}.weight"), [packed], _written_out(module)
@@ -108,6 +108,10 @@ def tied_weight(model: Any) -> nn.Parameter | None:
     return inputs.weight if outputs is not None and inputs.weight is outputs.weight else None
 
 
+def _is_adapted(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "lora_A", None), nn.ModuleDict)  # as peft's LoraLayer
+
+
 def _parts(layer: Any) -> tuple[nn.Parameter, list[nn.Parameter]]:
     return layer.get_base_layer().weight, [p for key, p in layer.named_parameters() if "lora_" in key]
 
@@ -121,12 +125,12 @@ def _merge(layer: Any) -> Callable[[], Tensor]:
     return merge
 
 
-def _written_out(layer: Linear4bit) -> Callable[[], Tensor]:
+def _written_out(layer: nn.Module) -> Callable[[], Tensor]:
     return lambda: dequantised(layer).to(_precision(layer))
 
 
 def _precision(layer: Any) -> torch.dtype:
-    return layer.compute_dtype if isinstance(layer, Linear4bit) else layer.weight.dtype
+    return layer.compute_dtype if in_4_bits(layer) else layer.weight.dtype
 
 
 def _delta(layer: Any, name: str) -> Tensor:

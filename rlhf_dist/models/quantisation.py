@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
-import bitsandbytes
 import torch
 from torch import Tensor, nn
 
@@ -19,23 +17,9 @@ HEADS = ("score", "classifier")
 LEAST_SHARE = 0.5
 
 
-class Linear4bit(bitsandbytes.nn.Linear4bit):
-    """Frozen NF4 weights, whose values do not depend on what was computed before.
-
-    bitsandbytes' own repacks its weights on a CPU with AVX512-BF16 during the first forward without gradient: from then on products are
-    rounded to bf16, no gradient passes, and a reader of the weights sees another layout. And its state dict holds the scales beside the
-    weights; ours holds the packed weights alone, because frozen weights come from the base model's folder and from nowhere else.
-    """
-
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype, device: str) -> None:
-        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, dtype, quant_type="nf4", device="meta")
-        self.support_avx512bf16_for_cpu = False
-        kept: Any = bitsandbytes.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", module=self)
-        self.weight = kept.to(device)
-        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.data.to(device), requires_grad=False)
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
+def in_4_bits(module: nn.Module) -> bool:
+    """Whether this is one of the layers that `quantise` makes."""
+    return bool(getattr(module, "in_4_bits", False))
 
 
 def quantise(model: Any, dtype: torch.dtype, where: str) -> None:
@@ -49,6 +33,8 @@ def quantise(model: Any, dtype: torch.dtype, where: str) -> None:
     Raises:
         UserError: see `check_layers`.
     """
+    from rlhf_dist.models.linear4bit import Linear4bit
+
     check_layers(model, where, on_gpu=torch.cuda.is_available())
     device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     model.requires_grad_(False)
@@ -86,12 +72,8 @@ def check_layers(model: Any, where: str, *, on_gpu: bool) -> None:
 
 def dequantised(layer: nn.Module) -> Tensor:
     """A layer's weight in fp32, also one held in 4 bits. Not for a weight that ZeRO 3 has sharded: gather it before."""
-    weight: Any = layer.weight
-    if not isinstance(layer, Linear4bit):
-        return weight.detach().float()  # type: ignore[no-any-return]
-    state = copy.copy(weight.quant_state)
-    state.dtype = torch.float32  # else rounded to the precision that the model was loaded in, before the adapter is added
-    return bitsandbytes.functional.dequantize_4bit(weight.data, state)  # type: ignore[no-any-return]
+    weights: Any = layer
+    return weights.values() if in_4_bits(layer) else weights.weight.detach().float()  # type: ignore[no-any-return]
 
 
 def _linears(model: Any) -> Iterator[tuple[str, nn.Linear]]:

@@ -19,7 +19,7 @@ from rlhf_dist.models.adapters import PREFIX, WEIGHTS, LowRank, find_adapter, lo
 from rlhf_dist.models.loading import precision_of
 from rlhf_dist.models.lora import trained_weights
 from rlhf_dist.models.padding import with_rows
-from rlhf_dist.models.quantisation import Linear4bit
+from rlhf_dist.models.quantisation import in_4_bits
 
 ORIGIN = "origin.json"
 
@@ -101,7 +101,7 @@ def write_origin(model: Any, folder: Path) -> None:
     if hasattr(config, "use_cache"):
         config.use_cache = True
     config.save_pretrained(folder)
-    quantised = any(isinstance(module, Linear4bit) for module in plain.modules())
+    quantised = any(map(in_4_bits, plain.modules()))
     lora, head = None, None
     if adapted:
         settings = adapter_config(model, [name for name, *_ in trained_weights(model)])

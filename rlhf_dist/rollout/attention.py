@@ -28,16 +28,23 @@ def slot_attention(
     if query.shape[2] > 1 or attention_mask is None or attention_mask.dtype != torch.float32:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     scaling, bias = kwargs.get("scaling"), kwargs.get("position_bias")
-    (rows, heads, _, width), (groups, span) = query.shape, key.shape[1:3]
+    (rows, heads, _, width), groups = query.shape, key.shape[1]
+    added = spread_mask(attention_mask if bias is None else attention_mask + bias, rows, heads, groups)
     # Heads that share their keys are rows of one product.
-    products, shared = rows * groups, heads // groups
-    added = (attention_mask if bias is None else attention_mask + bias).expand(rows, -1, -1, -1)
-    added = added.expand(-1, heads, -1, -1).reshape(products, shared, span)
-    queries = query.reshape(products, shared, width).to(key.dtype)
-    keys, values = key.transpose(2, 3).flatten(0, 1), value.flatten(0, 1)
-    scores = torch.baddbmm(added, queries, keys, alpha=width**-0.5 if scaling is None else scaling)
-    attended = torch.bmm(torch.softmax(scores, dim=-1), values)
+    queries = query.to(key.dtype).reshape(rows * groups, heads // groups, width)
+    attended = attend_once(queries, key, value, added, width**-0.5 if scaling is None else scaling)
     return attended.to(query.dtype).view(rows, 1, heads, value.shape[3]), None
+
+
+def spread_mask(mask: Tensor, rows: int, heads: int, groups: int) -> Tensor:
+    """What is added to the scores of `attend_once`, [rows · groups, heads / groups, span], from a mask [1 or rows, 1 or heads, 1, span]."""
+    return mask.expand(rows, heads, -1, -1).reshape(rows * groups, heads // groups, mask.shape[-1])
+
+
+def attend_once(queries: Tensor, key: Tensor, value: Tensor, added: Tensor, scaling: float) -> Tensor:
+    """Attention of one position a row: queries [n · kv_heads, heads / kv_heads, d], key and value [n, kv_heads, span, d]; as queries."""
+    scores = torch.baddbmm(added, queries, key.transpose(2, 3).flatten(0, 1), alpha=scaling)
+    return torch.bmm(torch.softmax(scores, dim=-1), value.flatten(0, 1))
 
 
 AttentionInterface.register(SLOT_ATTENTION, slot_attention)

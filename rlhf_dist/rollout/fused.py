@@ -7,15 +7,15 @@ modules, in the precision of each of their roundings; the probe holds this path 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 
-from rlhf_dist.rollout.attention import SLOT_ATTENTION, slot_attention
+from rlhf_dist.rollout.attention import SLOT_ATTENTION, attend_once, slot_attention, spread_mask
 from rlhf_dist.rollout.kv_cache import SlotCache
 from rlhf_dist.rollout.prepack import pack, packable, packed_linear
 from rlhf_dist.rollout.traits import bare_model
@@ -33,13 +33,26 @@ class _Linear:
         return packed_linear(self.weight, self.bias, inputs)
 
 
+class _Norm:
+    """Root mean square, in the modules' roundings: they round before they multiply by the weight, where `rms_norm` would round once."""
+
+    def __init__(self, module: Any) -> None:
+        self._weight, self._epsilon = module.weight, torch.tensor(module.variance_epsilon)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        size = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = torch.addcmul(self._epsilon, size, size, value=1 / hidden.shape[-1]).rsqrt_()
+        return torch.mul(hidden, scale, out=torch.empty_like(hidden)).mul_(self._weight)
+
+
 @dataclass(frozen=True)
 class _Layer:
-    """One decoder layer: its modules, its four products, and the kind of its mask."""
+    """One decoder layer: its modules, its norms, its four products, and the kind of its mask."""
 
     attention: Any
     act: Any
-    norms: tuple[Any, Any]
+    norms: tuple[_Norm, _Norm]
+    head_norms: tuple[_Norm, _Norm] | None
     qkv: _Linear
     out: _Linear
     gate_up: _Linear
@@ -74,49 +87,53 @@ class FusedForward:
 
     def __init__(self, model: nn.Module) -> None:
         inner: Any = bare_model(model)
-        self._embed, self._rotary, self._norm = inner.model.embed_tokens, inner.model.rotary_emb, inner.model.norm
+        self._embed, self._rotary, self._norm = inner.model.embed_tokens, inner.model.rotary_emb, _Norm(inner.model.norm)
         self._head = _joined(inner.lm_head)
+        self._heads = inner.config.num_attention_heads, inner.config.num_key_value_heads
         kinds = getattr(inner.config, "layer_types", None) or [""] * len(inner.model.layers)
         self._layers = [_read(layer, kind) for layer, kind in zip(inner.model.layers, kinds, strict=True)]
 
     def __call__(self, tokens_BQ: Tensor, positions_BQ: Tensor, mask: Any, cache: SlotCache, *, logits: bool) -> Tensor:
-        """Logits [B, V] of the last position, or its hidden state [B, H] if nobody wants them. Keys and values go into the cache."""
+        """Logits [B, V] of the last position; anything if nobody wants them. Keys and values go into the cache."""
         hidden_BQH = self._embed(tokens_BQ)
         turn = _turn(*self._rotary(hidden_BQH, position_ids=positions_BQ))
+        if tokens_BQ.shape[1] == 1:  # a decode step: spread once for all layers
+            spread = functools.partial(spread_mask, rows=len(tokens_BQ), heads=self._heads[0], groups=self._heads[1])
+            mask = {kind: spread(seen) for kind, seen in mask.items()} if isinstance(mask, dict) else spread(mask)
         for number, layer in enumerate(self._layers):
+            query_BQND, key, value = self._project(layer, number, layer.norms[0](hidden_BQH), turn, cache)
+            if not logits and layer is self._layers[-1]:  # keys and values were all that was wanted
+                break
             seen = mask[layer.kind] if isinstance(mask, dict) else mask
-            hidden_BQH = hidden_BQH.add_(_attend(layer, number, _normed(layer.norms[0], hidden_BQH), turn, seen, cache))
-            hidden_BQH = hidden_BQH.add_(_feed_forward(layer, _normed(layer.norms[1], hidden_BQH)))
-        last_BH = hidden_BQH[:, -1]
-        return self._head(_normed(self._norm, last_BH)) if logits else last_BH
+            hidden_BQH = hidden_BQH.add_(layer.out(self._attend(layer.attention, query_BQND, key, value, seen)))
+            gate, up = layer.gate_up(layer.norms[1](hidden_BQH)).chunk(2, dim=-1)
+            hidden_BQH = hidden_BQH.add_(layer.down(layer.act(gate) * up))
+        return self._head(self._norm(hidden_BQH[:, -1])) if logits else hidden_BQH
 
+    def _project(
+        self, layer: _Layer, number: int, normed_BQH: Tensor, turn: tuple[Tensor, Tensor], cache: SlotCache
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, Q, heads, d] at their positions, and the keys and values that they may attend over."""
+        width, (queries, keys) = layer.attention.head_dim, self._heads
+        heads_BQND, turned = layer.qkv(normed_BQH).unflatten(-1, (-1, width)), queries + keys
+        before_BQND = heads_BQND[:, :, :turned]
+        if layer.head_norms is not None:
+            parts = layer.head_norms[0](before_BQND[:, :, :queries]), layer.head_norms[1](before_BQND[:, :, queries:])
+            before_BQND = torch.cat(parts, dim=2)
+        cos_BQ1D, sin_BQ1D = turn
+        # cat(-second half, first half) * sin, with the sign in the sine.
+        after_BQND = (before_BQND * cos_BQ1D).add_(before_BQND.roll(width // 2, -1).mul_(sin_BQ1D))
+        key, value = cache.update(after_BQND[:, :, queries:].transpose(1, 2), heads_BQND[:, :, turned:].transpose(1, 2), number)
+        return after_BQND[:, :, :queries], key, value
 
-def _attend(layer: _Layer, number: int, normed_BQH: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor | None, cache: SlotCache) -> Tensor:
-    attention = layer.attention
-    heads_BQND = layer.qkv(normed_BQH).unflatten(-1, (-1, attention.head_dim))
-    queries, keys = attention.config.num_attention_heads, attention.config.num_key_value_heads
-    turned = queries + keys
-    before_BQND = heads_BQND[:, :, :turned]
-    if hasattr(attention, "q_norm"):
-        parts = _normed(attention.q_norm, before_BQND[:, :, :queries]), _normed(attention.k_norm, before_BQND[:, :, queries:])
-        before_BQND = torch.cat(parts, dim=2)
-    cos_BQ1D, sin_BQ1D = turn
-    # cat(-second half, first half) * sin, with the sign in the sine.
-    after_BQND = (before_BQND * cos_BQ1D).add_(before_BQND.roll(attention.head_dim // 2, -1).mul_(sin_BQ1D))
-    query, key = after_BQND[:, :, :queries].transpose(1, 2), after_BQND[:, :, queries:].transpose(1, 2)
-    stored = cache.update(key, heads_BQND[:, :, turned:].transpose(1, 2), number)
-    attended, _ = slot_attention(attention, query, *stored, mask, dropout=0.0, scaling=attention.scaling)
-    return layer.out(attended.flatten(2))
-
-
-def _feed_forward(layer: _Layer, normed_BQH: Tensor) -> Tensor:
-    gate, up = layer.gate_up(normed_BQH).chunk(2, dim=-1)
-    return layer.down(layer.act(gate) * up)
-
-
-def _normed(norm: Any, hidden: Tensor) -> Tensor:
-    # The modules round before they multiply by the weight; given the weight, `rms_norm` would round once.
-    return F.rms_norm(hidden, norm.weight.shape, None, norm.variance_epsilon).mul_(norm.weight)
+    def _attend(self, attention: Any, query_BQND: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
+        """The heads side by side, [B, Q, heads · d]."""
+        rows, positions, heads, width = query_BQND.shape
+        if positions > 1:
+            attended, _ = slot_attention(attention, query_BQND.transpose(1, 2), key, value, mask, dropout=0.0, scaling=attention.scaling)
+            return attended.flatten(2)
+        queries = query_BQND.to(key.dtype).reshape(mask.shape[0], mask.shape[1], width)
+        return attend_once(queries, key, value, mask, attention.scaling).to(query_BQND.dtype).view(rows, 1, heads * width)
 
 
 def _turn(cos_BQD: Tensor, sin_BQD: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,7 +147,8 @@ def _read(layer: Any, kind: str) -> _Layer:
     return _Layer(
         attention,
         mlp.act_fn,
-        (layer.input_layernorm, layer.post_attention_layernorm),
+        (_Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)),
+        (_Norm(attention.q_norm), _Norm(attention.k_norm)) if hasattr(attention, "q_norm") else None,
         _joined(attention.q_proj, attention.k_proj, attention.v_proj),
         _joined(attention.o_proj),
         _joined(mlp.gate_proj, mlp.up_proj),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -30,7 +32,7 @@ def test_it_travels_to_the_coordinators_process(ppo_values: dict[str, Any]) -> N
     program = program_of(PPOConfig.model_validate(ppo_values))
     again = pickle.loads(pickle.dumps(program))
     assert again.config == program.config
-    assert again.factory("value").args == ("value", program.config)
+    assert again.factory("value").args == ("rlhf_dist.workers.roles:build_worker", "value", program.config)
 
 
 def test_a_rollout_group_is_started_beside_the_engines_and_its_interpreter_is_checked(ppo_values: dict[str, Any]) -> None:
@@ -45,3 +47,11 @@ def test_a_rollout_group_is_started_beside_the_engines_and_its_interpreter_is_ch
 
 def test_its_check_is_that_of_the_run(ppo_values: dict[str, Any]) -> None:
     assert program_of(PPOConfig.model_validate(ppo_values)).check()["rewards"] == "even"
+
+
+@pytest.mark.slow
+def test_the_coordinators_process_imports_no_models() -> None:
+    """It comes into being again after every death, and what it does not import is not waited for."""
+    heavy = "import sys, rlhf_dist.cli.programs; print({'transformers', 'peft', 'deepspeed'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "set()", done.stdout + done.stderr[-2000:]

@@ -15,6 +15,7 @@ from rlhf_dist.config.engines import EngineSection
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.models.adapters import CONFIG, WEIGHTS, find_adapter, merge_adapter
 from rlhf_dist.models.classifier import load_classifier
+from rlhf_dist.models.linear4bit import Linear4bit
 from rlhf_dist.models.loading import (
     check_loadable,
     load_causal_lm,
@@ -24,7 +25,6 @@ from rlhf_dist.models.loading import (
     load_tokenizer,
     stop_tokens,
 )
-from rlhf_dist.models.quantisation import Linear4bit
 
 SECTION = EngineSection()
 TOKENS = torch.arange(4, 12)[None]

@@ -27,7 +27,7 @@ GROUP = {"rollout.ranks": 2, "placement.launcher": "ray"}
 REQUEST = GenerateRequest("train", 0, 0, 0, 4, 2, version=3)
 LEAN = """
 import sys
-for name in ("deepspeed", "tensorboard", "rich", "typer", "scipy", "plotly"):
+for name in ("deepspeed", "tensorboard", "rich", "typer", "scipy", "plotly", "peft", "bitsandbytes"):
     sys.modules[name] = None  # importing it fails
 from rlhf_dist.workers.roles import build_worker
 import rlhf_dist.workers.ray_group, rlhf_dist.workers.rollout
