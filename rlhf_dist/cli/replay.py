@@ -24,7 +24,7 @@ def replay(
     device: Annotated[str, typer.Option(help="where the model goes: cpu, cuda")] = "cpu",
     gradient: Annotated[bool, typer.Option("--gradient/--no-gradient", help="also go back through the model")] = True,
 ) -> None:
-    """Shows the loss of every sample, which number is not finite, and the step's loss beside the one that was recorded.
+    """Shows the loss of every row, which number is not finite, and the step's loss beside the one that was recorded.
 
     Ends with status 1 where the losses are others than were recorded.
     """
@@ -47,12 +47,12 @@ def replay(
 
 def _samples(found: Replay) -> Table:
     table = Table(title="samples", title_justify="left")
-    for name in ("rank", "batch", "prompt id", "sample", "tokens", "loss"):
+    for name in ("rank", "batch", "sample", "tokens", "loss"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("not finite")
     for each in found.samples:
-        numbers = (each.rank, each.microbatch, each.prompt_id, each.sample_index, each.tokens)
-        table.add_row(*map(str, numbers), f"{each.loss:.6g}", Text(each.fault.split(" is ")[0].removeprefix("the model's ")))
+        known = (each.rank, each.microbatch, each.name, each.tokens)
+        table.add_row(*map(str, known), f"{each.loss:.6g}", Text(each.fault.split(" is ")[0].removeprefix("the model's ")))
     return table
 
 
@@ -60,8 +60,8 @@ def _verdict(held: Capsule, found: Replay) -> list[str]:
     facts, lines = held.facts, []
     for each in found.samples:
         if each.fault:
-            lines += [f"prompt {each.prompt_id}, sample {each.sample_index}: {each.fault}", f"  prompt:     {_short(each.prompt)}"]
-            lines.append(f"  completion: {_short(each.completion)}")
+            lines.append(f"{each.name}: {each.fault}")
+            lines += [f"  {f'{what}:':<12}{_short(text)}" for what, text in each.texts.items()]
     for part in found.microbatches:
         lines.append(f"rank {part.rank}, microbatch {part.number}: loss {part.now:.9g}, recorded {part.recorded:.9g}")
     lines.append(f"step of the {facts.role} (the {facts.fault} was not finite): loss {found.loss:.9g}, recorded {held.loss:.9g}")

@@ -25,6 +25,11 @@ def config_of(stage: str) -> type[Section]:
     return STAGES[stage]
 
 
+def stage_of_config(config: Section) -> str:
+    """The stage that a config is of."""
+    return next(stage for stage, kind in STAGES.items() if type(config) is kind)
+
+
 def stage_of(sections: Collection[str], where: str) -> str:
     """The stage that a file is for: the one that has a section of the file to itself, else the only one that has them all.
 

@@ -10,7 +10,10 @@ from rlhf_dist.config.section import Section
 
 
 class TrainingSection(Section):
-    """Epochs, batches and evaluation of a supervised stage."""
+    """Epochs, batches and evaluation of a supervised stage.
+
+    An optimizer step whose loss or gradient is not finite is skipped on all ranks and written down as a capsule (`rlhf-dist replay`).
+    """
 
     epochs: int = Field(1, ge=1, description="passes over the training rows, each in a fresh order")
     batch_size: int = Field(32, ge=1, description="rows in one optimizer step, over all ranks")
@@ -20,6 +23,7 @@ class TrainingSection(Section):
         ge=1,
         description="steps skipped in a row, because loss or gradient is not finite, that stop the run; fp16 overflows do not count",
     )
+    capsules: int = Field(2, ge=0, description="skipped steps that a run writes down, each with the model's trained weights; 0: none")
     evaluate_every: int = Field(0, ge=0, description="optimizer steps between evaluations; 0: before, after each epoch, and at the end")
 
     def steps_per_epoch(self, rows: int) -> int:

@@ -22,6 +22,8 @@ Needs = Literal["nothing", "sampler", "weights", "sync", "training"]
 """What a phase needs of a worker's models on the device. sampler: the weights it samples with; weights: those of its engine; sync: both;
 training: the engine's weights, gradients and optimiser state."""
 Fault = Literal["", "loss", "gradient"]
+NOT_WRITTEN = "not written"
+"""How the reason begins why there is no capsule."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ class UpdateRequest:
 
     microbatches: row numbers in the whole step's experience; every rank gets the same number, empty ones included.
     denominator: global, as the loss reduction asks. capsule: where the step is written down if it is skipped; empty: nowhere.
-    capsules: how many may still be written when the step's experience was loaded.
+    capsules: how many may still be written; in PPO, when the step's experience was loaded.
     """
 
     microbatches: tuple[tuple[int, ...], ...]

@@ -13,6 +13,7 @@ from typing import Any
 
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.config.sentinels import SentinelsSection
+from rlhf_dist.contracts.roles import NOT_WRITTEN
 from rlhf_dist.coordinator.update import UpdateReport
 
 FIRST = 10
@@ -193,7 +194,7 @@ class Sentinels:
                 said.append(f"step {step}: optimizer steps {numbers} of {len(faults)} of the {name} skipped: {kinds} was not finite")
         for name, written in report.capsules:
             self._capsules[name] = self._capsules.get(name, 0) + 1
-            self._written.append(written)
+            self._written += [] if written.startswith(NOT_WRITTEN) else [written]
             said.append(f"capsule: {written}")
         return said
 

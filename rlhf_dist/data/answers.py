@@ -7,14 +7,14 @@ its score where the policy will stop.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_dist.data.chat import checked_chat, render_answered
-from rlhf_dist.data.layouts import Prompt
+from rlhf_dist.data.layouts import Origin, Prompt
 from rlhf_dist.data.token_rows import DemonstrationEncoder, TokenRow, too_long
 
 Overlong = Literal["error", "drop", "truncate"]
@@ -25,7 +25,8 @@ class AnswersRow:
     """The answers to one prompt, best first.
 
     answers: whole sequences (prompt and answer), `trained` at the tokens of the answer.
-    prompt: number of the prompt, the same for rows with equal prompts. source, margin, label_probability, weight: as in `data.layouts`.
+    prompt: number of the prompt, the same for rows with equal prompts. source, margin, label_probability, weight, origin (where that is
+    known): as in `data.layouts`.
     """
 
     answers: tuple[TokenRow, ...]
@@ -34,6 +35,7 @@ class AnswersRow:
     margin: float | None = None
     label_probability: float | None = None
     weight: float = 1.0
+    origin: Origin | None = field(default=None, compare=False)
 
     def __len__(self) -> int:
         """Tokens of the row in a batch, the padding of the shorter answers included."""

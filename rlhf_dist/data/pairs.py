@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from rlhf_dist.contracts.experience import SequenceBatch
 from rlhf_dist.contracts.pairs import PairBatch
 from rlhf_dist.data.answers import AnswersRow
+from rlhf_dist.data.layouts import Origin
 from rlhf_dist.data.token_rows import TokenRow, collate
 
 TIE = 0.5
@@ -22,6 +23,7 @@ class PairRow:
 
     label_probability: that `chosen` is the better one, 0.5 (a tie) to 1, or None where the label is hard. weight: of the pair in the loss.
     reference: log-probabilities of both under the reference, in nats; None until it has been asked.
+    origin: of the record that it was made of, where that is known.
     """
 
     chosen: TokenRow
@@ -29,6 +31,7 @@ class PairRow:
     label_probability: float | None = None
     weight: float = 1.0
     reference: tuple[float, float] | None = None
+    origin: Origin | None = field(default=None, compare=False)
 
     def __len__(self) -> int:
         """Tokens of the pair in a padded batch, the padding of the shorter answer included."""
@@ -62,7 +65,7 @@ def pair_of(row: AnswersRow, *, soft_labels: bool) -> tuple[PairRow | None, str]
         fate = "" if probability in (0.0, 1.0) else "label taken as certain: this loss reads no probabilities"
     if probability is not None and probability < TIE:
         chosen, rejected, probability = rejected, chosen, 1.0 - probability
-    return PairRow(chosen, rejected, probability if soft_labels else None, row.weight), fate
+    return PairRow(chosen, rejected, probability if soft_labels else None, row.weight, origin=row.origin), fate
 
 
 def sequences(rows: Sequence[PairRow]) -> SequenceBatch:

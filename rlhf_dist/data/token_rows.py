@@ -9,7 +9,7 @@ Every row ends as a rollout ends: with a stop token.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -21,18 +21,22 @@ from rlhf_dist.config.errors import UserError
 from rlhf_dist.contracts.demonstrations import DemonstrationBatch
 from rlhf_dist.contracts.experience import SequenceBatch
 from rlhf_dist.data.chat import render, render_answered
-from rlhf_dist.data.layouts import Demonstration, Message
+from rlhf_dist.data.layouts import Demonstration, Message, Origin
 
 LossOn = Literal["completion", "all"]
 
 
 @dataclass(frozen=True)
 class TokenRow:
-    """tokens int32 [L]; trained bool [L], never True for the first token, which nothing predicts; what each of them counts for."""
+    """tokens int32 [L]; trained bool [L], never True for the first token, which nothing predicts; what each of them counts for.
+
+    origin: of the record that it was made of, where that is known.
+    """
 
     tokens: NDArray[np.int32]
     trained: NDArray[np.bool_]
     token_weight: float = 1.0
+    origin: Origin | None = field(default=None, compare=False)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -71,13 +75,14 @@ class DemonstrationEncoder:
         self._stops = [*stop_tokens, *([] if eos is None else [eos])]
 
     def encode(self, record: Demonstration) -> TokenRow:
-        """One row, however long, with the record's weight.
+        """One row, however long, with the record's weight and origin.
 
         Raises:
             RefusedChat: a dialogue that the chat template refuses.
             UserError: a dialogue without a chat template, with a broken one, or with one that hides what the assistant said.
         """
-        return replace(self._dialogue(record) if record.turns else self._text(record), token_weight=record.weight)
+        row = self._dialogue(record) if record.turns else self._text(record)
+        return replace(row, token_weight=record.weight, origin=record.origin)
 
     def _text(self, record: Demonstration) -> TokenRow:
         assert isinstance(record.prompt, str)

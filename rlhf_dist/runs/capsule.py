@@ -2,7 +2,8 @@
 
 capsule.json           what happened, what each rank was asked and saw, the hash of every file; written last
 config.yaml            of the run
-shard_0000.*           the rows of rank 0, prepared as they were trained on (`runs.rollout_state`), and so on
+shard_0000.*           of PPO, the rows of rank 0, prepared as they were trained on (`runs.rollout_state`), and so on
+rows_0000.jsonl        of the other stages, the same (`runs.capsule_rows`)
 model/                 the weights before the step, a Hugging Face folder
 trained.safetensors    or, of adapters, the trained weights alone, under the model's own names
 """
@@ -22,12 +23,13 @@ from rlhf_dist.config.errors import UserError
 from rlhf_dist.contracts.experience import ExperienceBatch
 from rlhf_dist.contracts.roles import RolloutInfo
 from rlhf_dist.runs.atomic import write_text
+from rlhf_dist.runs.capsule_rows import NumberedRow, read_rows, write_rows, written
 from rlhf_dist.runs.checkpoints import hash_of, recorded_files
 from rlhf_dist.runs.rollout_state import read_shard, write_shard
 from rlhf_dist.runs.summary import versions
 
 MANIFEST, CONFIG, MODEL, TRAINED = "capsule.json", "config.yaml", "model", "trained.safetensors"
-FORMAT = 1
+FORMAT = 2
 _FIX = "give a capsule as the run left it (run.output_dir/run.name/capsules/…)"
 
 
@@ -35,22 +37,45 @@ _FIX = "give a capsule as the run left it (run.output_dir/run.name/capsules/…)
 class Part:
     """One rank's part of the step.
 
-    microbatches: numbers of rows in its shard. losses: of each microbatch, summed as the objective does, before the denominator.
+    microbatches: places of rows among those that it wrote, which are all places in their order. losses: of each microbatch, summed as the
+    objective does, before the denominator.
+
+    Raises:
+        ValueError: other places, or another number of losses.
     """
 
     microbatches: tuple[tuple[int, ...], ...]
     losses: tuple[float, ...]
 
+    def __post_init__(self) -> None:
+        if len(self.microbatches) != len(self.losses):
+            raise ValueError(f"{len(self.microbatches)} microbatches, {len(self.losses)} losses")
+        places = [place for rows in self.microbatches for place in rows]
+        if places != list(range(len(places))):
+            raise ValueError(f"the rows of the microbatches stand at {places}")
+
 
 @dataclass(frozen=True)
 class Facts:
-    """What all ranks know of the step. role: `policy` or `value`. fault: what was not finite, `loss` or `gradient`."""
+    """What all ranks know of the step.
 
+    stage: of the run (`config.stages`). role: `policy`, `value`, or the `model` of the other stages. fault: what was not finite, `loss` or
+    `gradient`.
+
+    Raises:
+        ValueError: a denominator of 0.
+    """
+
+    stage: str
     role: str
     fault: str
     denominator: float
     grad_norm: float
     lr: float
+
+    def __post_init__(self) -> None:
+        if not self.denominator:
+            raise ValueError("the denominator is 0")
 
 
 @dataclass(frozen=True)
@@ -66,26 +91,35 @@ class Capsule:
         """Of the step, as it was: Σ over ranks and microbatches / denominator."""
         return total([loss for part in self.parts for loss in part.losses]) / self.facts.denominator
 
-    def rows(self, rank: int) -> ExperienceBatch:
-        """The rows of a rank.
+    def experience(self, rank: int) -> ExperienceBatch:
+        """The rows of a rank, of PPO.
 
         Raises:
             UserError: they are missing or damaged.
         """
         return read_shard(self.folder, rank)[0]
 
+    def rows(self, rank: int) -> tuple[NumberedRow, ...]:
+        """The rows of a rank, of another stage.
 
-def write_part(folder: Path, rank: int, part: Part, rows: ExperienceBatch) -> None:
-    """Writes what a rank knows; other columns of the data are left out.
+        Raises:
+            UserError: they are missing or damaged.
+        """
+        return read_rows(self.folder, rank)
+
+
+def write_part(folder: Path, rank: int, part: Part, rows: ExperienceBatch | Sequence[NumberedRow]) -> None:
+    """Writes what a rank knows; other columns of rollouts are left out.
 
     Raises:
         OSError: the disk is full, or the like.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if len(rows):
+    if isinstance(rows, ExperienceBatch) and len(rows):
         write_shard(folder, rank, rows.replace(columns={}), _info(rows))
-    values = {"microbatches": part.microbatches, "losses": [_written(loss) for loss in part.losses]}
-    _part_file(folder, rank).write_text(json.dumps(values), encoding="utf-8")
+    elif not isinstance(rows, ExperienceBatch) and rows:
+        write_rows(folder, rank, rows)
+    _part_file(folder, rank).write_text(json.dumps(written(vars(part))), encoding="utf-8")
 
 
 def seal(folder: Path, facts: Facts, world_size: int, config: str) -> None:
@@ -99,8 +133,7 @@ def seal(folder: Path, facts: Facts, world_size: int, config: str) -> None:
     for rank in range(world_size):
         _part_file(folder, rank).unlink()
     files = {file.name: [file.bytes, file.sha256] for file in recorded_files(folder)}
-    known = {name: _written(value) if isinstance(value, float) else value for name, value in vars(facts).items()}
-    values = {"format": FORMAT, "facts": known, "parts": parts, "files": files, "versions": versions()}
+    values = {"format": FORMAT, "facts": written(vars(facts)), "parts": parts, "files": files, "versions": versions()}
     write_text(folder / MANIFEST, json.dumps(values, indent=2, allow_nan=False) + "\n")
 
 
@@ -149,8 +182,3 @@ def _info(rows: ExperienceBatch) -> RolloutInfo:
 
 def _part_file(folder: Path, rank: int) -> Path:
     return folder / f"part_{rank:04d}.json"
-
-
-def _written(value: float) -> float | str:
-    """JSON has no NaN and no infinity; pydantic reads these words as such."""
-    return value if math.isfinite(value) else str(value)

@@ -17,7 +17,8 @@ FREE = (
     "run.name", "run.output_dir", "run.overwrite", "run.resume",
     "*.ranks", "*.cpus_per_rank", "*.gpus_per_rank", "*.deepspeed", "*.microbatch_tokens", "*.packing", "*.attention",
     "*.gradient_checkpointing", "*.trust_remote_code",
-    "placement.*", "checkpoint.*", "sentinels.*", "rollout.slots", "rollout.shards_per_rank", "rollout.weight_sync", "rollout.python",
+    "placement.*", "checkpoint.*", "sentinels.*", "training.max_skipped", "training.capsules",
+    "rollout.slots", "rollout.shards_per_rank", "rollout.weight_sync", "rollout.python",
     "reward.sources.*.timeout_s", "reward.sources.*.retries", "reward.sources.*.url", "reward.sources.*.concurrency",
     "reward.sources.*.start_timeout_s", "reward.sources.*.auth_env",
 )  # fmt: skip

@@ -28,6 +28,7 @@ from rlhf_dist.runs.recorder import Recorder
 from rlhf_dist.runs.saver import Saver
 from rlhf_dist.runs.summary import config_hash, versions
 from rlhf_dist.runs.supervision import Budget, rebuild, stuck_report
+from rlhf_dist.training.skips import Skips
 
 UNTRAINED_IS_BEST = (
     "no step made the held-out metric better than before training, so there is no export/best; export/model is the last step"
@@ -106,7 +107,6 @@ class SupervisedLoop:
         self._every, self._budget_of_restarts = values.checkpoint.every, Budget(values.placement.restarts)
         self._resume, self._stopping, self._recoveries, self._where = resume, stopping, 0, "start"
         self._facts = RowFacts((), (), ())
-        self._done = self._skipped = 0
         self._fresh()
 
     def run(self) -> dict[str, Any]:
@@ -146,7 +146,7 @@ class SupervisedLoop:
     def _step(self, step: int, total: int, rows: tuple[int, ...]) -> None:
         self._where = f"step {step}, train"
         with self._clock.phase("train"):
-            metrics = self._train(rows)
+            metrics = self._train(step, rows)
         if step == total or self._due(step):
             metrics |= self._evaluate(step)
         self.recorder.metrics(step, metrics | {"epoch": step / self._steps_per_epoch} | self._saver.metrics())
@@ -159,13 +159,9 @@ class SupervisedLoop:
 
     def _stop_if_spent(self) -> None:
         """Ends a run that skips and skips; what it learnt before is saved."""
-        if self._skipped < self._training.max_skipped:
-            return
-        what = f"{self._skipped} optimizer steps in a row were skipped: their loss or gradient was not finite"
-        self._skipped = 0
-        self._stop()
-        fix = "look at the rows of these steps; go on with run.resume=auto, or begin anew with a lower learning rate"
-        raise UserError(what, where=f"step {self._done} (training.max_skipped {self._training.max_skipped})", fix=fix)
+        if spent := self._skips.spent(self._done):
+            self._stop()
+            raise spent
 
     def _unsound(self, weight: str) -> UserError:
         self._saver.finish()
@@ -177,7 +173,7 @@ class SupervisedLoop:
     def _fresh(self) -> None:
         self._best: tuple[float, int] | None = None
         self._evaluations: dict[int, dict[str, float]] = {}
-        self._clock, self._done, self._wall_before, self._skipped = Clock(), 0, 0.0, 0
+        self._clock, self._done, self._wall_before, self._skips = Clock(), 0, 0.0, Skips(self._training)
 
     def _save(self) -> None:
         state = {
@@ -188,7 +184,8 @@ class SupervisedLoop:
             "seconds": dict(self._clock.seconds),
             "tokens": self._clock.tokens,
             "wall_seconds": self._wall_seconds(),
-            "skipped": self._skipped,
+            "skipped": self._skips.row,
+            "capsules": self._skips.capsules,
         }
         self._saver.begin(self._done, state)
 
@@ -199,7 +196,8 @@ class SupervisedLoop:
             self._best = None if state["best"] is None else (float(state["best"][0]), int(state["best"][1]))
             self._evaluations = {int(step): metrics for step, metrics in state["evaluations"].items()}
             self._clock = Clock(dict(state["seconds"]), state["tokens"])
-            self._done, self._wall_before, self._skipped = state["step"], state["wall_seconds"], state["skipped"]
+            self._done, self._wall_before = state["step"], state["wall_seconds"]
+            self._skips = Skips(self._training, int(state["skipped"]), int(state.get("capsules", 0)))  # older runs wrote none
             if warning := self.recorder.rewind(self._done, state["metrics_bytes"]):
                 self.reporter.message(warning)
         except (KeyError, TypeError, ValueError) as error:
@@ -272,23 +270,24 @@ class SupervisedLoop:
                 taken += 1
                 yield batch
 
-    def _train(self, rows: tuple[int, ...]) -> dict[str, float]:
+    def _train(self, step: int, rows: tuple[int, ...]) -> dict[str, float]:
         shares = self._setting().shares(self._facts.lengths, rows)
         weight = sum(self._facts.weights[row] for row in rows)
         began = time.perf_counter()
-        infos: list[UpdateInfo] = self.group.collect(
-            self.group.submit(SupervisedRole.update, [(UpdateRequest(share, weight),) for share in shares])
-        )
+        capsule = self.recorder.capsule_path(step, self.group.name, 1), self._skips.left
+        requests = [(UpdateRequest(share, weight, *capsule),) for share in shares]
+        infos: list[UpdateInfo] = self.group.collect(self.group.submit(SupervisedRole.update, requests))
         seconds, tokens = time.perf_counter() - began, sum(self._facts.lengths[row] for row in rows)
         self._clock.tokens += tokens
-        step = infos[0].step
         unsound = next((info.unsound for info in infos if info.unsound), "")
         if unsound:
             raise self._unsound(unsound)
-        self._skipped = self._skipped + int(not step.overflow) if step.skipped else 0
-        norm = {} if step.skipped else {"grad_norm": step.grad_norm}
-        norm["skipped_steps"] = float(step.skipped)
-        rates = {"lr": step.lr, "perf/tokens_per_second": tokens / seconds, "perf/step_seconds": seconds}
+        for said in self._skips.note(step, infos[0]):
+            self.reporter.message(said)
+        taken = infos[0].step
+        norm = {} if taken.skipped else {"grad_norm": taken.grad_norm}
+        norm["skipped_steps"] = float(taken.skipped)
+        rates = {"lr": taken.lr, "perf/tokens_per_second": tokens / seconds, "perf/step_seconds": seconds}
         return merged(info.tally for info in infos).means() | norm | rates
 
     def _evaluate(self, step: int) -> dict[str, float]:

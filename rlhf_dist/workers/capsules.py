@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from rlhf_dist.config.errors import UserError
+from rlhf_dist.config.loading import dump_config
+from rlhf_dist.config.section import Section
+from rlhf_dist.config.stages import stage_of_config
 from rlhf_dist.contracts.engine import Engine
 from rlhf_dist.contracts.experience import ExperienceBatch
+from rlhf_dist.contracts.roles import NOT_WRITTEN
 from rlhf_dist.runs.capsule import MODEL, TRAINED, Facts, Part, seal, write_part
+from rlhf_dist.runs.capsule_rows import NumberedRow
 from rlhf_dist.workers.export import collected, export_model
 
 FAULTS = (OSError, SafetensorError, UserError)
@@ -24,13 +30,14 @@ class CapsuleWriter:
     Args:
         engine: where the weights are.
         tokenizer: saved beside them.
-        config: of the run, as text.
+        config: of the run.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Any, config: str) -> None:
-        self._engine, self._tokenizer, self._config = engine, tokenizer, config
+    def __init__(self, engine: Engine, tokenizer: Any, config: Section) -> None:
+        self._engine, self._tokenizer, self._config = engine, tokenizer, dump_config(config)
+        self.stage = stage_of_config(config)
 
-    def write(self, folder: Path, facts: Facts, part: Part, rows: ExperienceBatch) -> str:
+    def write(self, folder: Path, facts: Facts, part: Part, rows: ExperienceBatch | Sequence[NumberedRow]) -> str:
         """Collective. A disk that is full costs the capsule, not the run.
 
         Args:
@@ -50,16 +57,16 @@ class CapsuleWriter:
             try:
                 write()
             except FAULTS as error:  # only after what is collective
-                refused = refused or f"not written on rank {engine.rank}: {error}"
+                refused = refused or f"{NOT_WRITTEN} on rank {engine.rank}: {error}"
         elsewhere = engine.any_rank(bool(refused))
         if engine.rank == 0 and not elsewhere:
             try:
                 seal(folder, facts, engine.world_size, self._config)
             except FAULTS as error:
-                refused = f"not written: {error}"
+                refused = f"{NOT_WRITTEN}: {error}"
         if engine.rank == 0 and (refused or elsewhere):
             shutil.rmtree(folder, ignore_errors=True)
-        return refused or ("not written on another rank" if elsewhere else str(folder))
+        return refused or (f"{NOT_WRITTEN} on another rank" if elsewhere else str(folder))
 
     def _weights(self, folder: Path) -> None:
         model = self._engine.module.model

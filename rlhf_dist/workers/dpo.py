@@ -19,6 +19,7 @@ from rlhf_dist.engines.deepspeed import DeepSpeedEngine
 from rlhf_dist.engines.process import Rank
 from rlhf_dist.models.loading import load_causal_lm, load_tokenizer, stop_tokens
 from rlhf_dist.models.policy import PolicyModule
+from rlhf_dist.workers.capsules import CapsuleWriter
 from rlhf_dist.workers.rows import preference_rows
 from rlhf_dist.workers.supervised import Rows, SupervisedWorker
 from rlhf_dist.workers.training import build_engine, build_policy, seeded
@@ -33,12 +34,19 @@ class DPOWorker(SupervisedWorker):
         rows: `PairRow`s, the same on every rank.
         tokenizer: saved beside the exported weights.
         reference: a frozen engine, asked once and then let go; None: the trained engine itself, as it is before the first step.
+        capsules: writes skipped steps down; None where none are.
     """
 
     def __init__(
-        self, engine: DeepSpeedEngine, objective: DPOObjective, rows: Rows, tokenizer: Any, reference: DeepSpeedEngine | None = None
+        self,
+        engine: DeepSpeedEngine,
+        objective: DPOObjective,
+        rows: Rows,
+        tokenizer: Any,
+        reference: DeepSpeedEngine | None = None,
+        capsules: CapsuleWriter | None = None,
     ) -> None:
-        super().__init__(engine, objective, rows, collate_pairs, tokenizer)
+        super().__init__(engine, objective, rows, collate_pairs, tokenizer, capsules)
         self._reference = reference
 
     def describe(self) -> RowFacts:
@@ -85,7 +93,7 @@ def build_dpo(config: DPOConfig, rank: Rank) -> DPOWorker:
     rows = dpo_rows(config, tokenizer)
     engine = build_policy(section, config.run.seed, rank, config.training.total_steps(len(rows.train)))
     reference = _reference(section, config.reference.model, rank) if config.reference.model else None
-    return DPOWorker(engine, DPOObjective(config.dpo), rows, tokenizer, reference)
+    return DPOWorker(engine, DPOObjective(config.dpo), rows, tokenizer, reference, CapsuleWriter(engine, tokenizer, config))
 
 
 def dpo_rows(config: DPOConfig, tokenizer: Any) -> Rows:

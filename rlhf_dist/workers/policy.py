@@ -10,7 +10,6 @@ from torch import Tensor
 
 from rlhf_dist.algos.objectives import PolicyObjective
 from rlhf_dist.config.errors import writing
-from rlhf_dist.config.loading import dump_config
 from rlhf_dist.config.ppo import PPOConfig
 from rlhf_dist.contracts.engine import SavedFile
 from rlhf_dist.contracts.experience import ExperienceBatch, Piece, merge_pieces
@@ -75,7 +74,7 @@ class PolicyWorker(SavedWorker):
         self._copy: RestingModel | None = None
         self._sampler = None if config.rollout.ranks else self._own_sampler(config)
         self._weights = WeightSource(self._engine)
-        objective, capsules = policy_objective(config), CapsuleWriter(self._engine, self._tokenizer, dump_config(config))
+        objective, capsules = policy_objective(config), CapsuleWriter(self._engine, self._tokenizer, config)
         self._trainer = Trainer(self._engine, objective, whitens=config.algorithm.whitens_advantages, capsules=capsules)
         self._estimator = Estimator(config.algorithm, config.rollout.samples_per_prompt, config.importance_cap)
 

@@ -1,51 +1,38 @@
-"""A skipped optimizer step once more, from its capsule, in one process: the loss of every sample, and where a number is not finite."""
+"""A skipped optimizer step once more, from its capsule, in one process: the loss of every row, and where a number is not finite."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rlhf_dist.algos.objectives import ValueObjective
 from rlhf_dist.config.engines import Dtype
 from rlhf_dist.config.errors import UserError
-from rlhf_dist.config.loading import load_config
-from rlhf_dist.config.ppo import PPOConfig
-from rlhf_dist.contracts.engine import Objective, Outputs
-from rlhf_dist.contracts.experience import ExperienceBatch
-from rlhf_dist.runs.capsule import CONFIG, MODEL, TRAINED, Capsule, total
-from rlhf_dist.workers.policy import policy_module, policy_objective
-from rlhf_dist.workers.value import value_module
-from rlhf_dist.workers.weight_sync import trained_weights_of
+from rlhf_dist.contracts.engine import Objective
+from rlhf_dist.runs.capsule import Capsule, total
+from rlhf_dist.workers.replay_experience import READ, ExperienceSubject
+from rlhf_dist.workers.replay_rows import KINDS, RowsSubject
+from rlhf_dist.workers.replay_subject import Look, Subject
 
 TOLERANCE: dict[Dtype, float] = {"fp32": 1e-6, "bf16": 2e-2, "fp16": 5e-3}
 """Of a microbatch's loss, in sums of the sizes of its samples' losses: kernels of another machine round otherwise."""
-READ = {
-    "policy": (("old_logprobs_BT", "rollout_logprobs_BT", "advantages_BT"), ("logprobs_BT", "entropy_BT")),
-    "value": (("values_BT", "returns_BT"), ("values_BT",)),
-}
-"""What the losses are made of: of the experience, and of the model's answer. In this order a fault is looked for."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A row of the step. loss: its term of the microbatch's sum. fault: the first number that is not finite, in words; empty: all are."""
+    """A row of the step. name: which it is. tokens: that are trained on. loss: its term of the microbatch's sum. fault: the first number
+    that is not finite, in words; empty: all are. texts: by what they are."""
 
     rank: int
     microbatch: int
-    prompt_id: int
-    sample_index: int
+    name: str
     tokens: int
     loss: float
     fault: str
-    prompt: str
-    completion: str
+    texts: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -94,25 +81,20 @@ def replay(capsule: Capsule, device: str = "cpu", *, gradient: bool = True) -> R
     Raises:
         UserError: the capsule's files do not fit together; its base model (of adapters) is not there.
     """
-    config = load_config(PPOConfig, capsule.folder / CONFIG)
-    role, section = capsule.facts.role, config.policy if capsule.facts.role == "policy" else config.value
-    module, objective = (
-        _module(capsule, config).to(device),
-        policy_objective(config) if role == "policy" else ValueObjective(config.algorithm),
-    )
-    found = Replay(capsule.facts.denominator, section.dtype)
+    subject = subject_of(capsule)
+    module, objective = subject.module.to(device), subject.objective
+    found = Replay(capsule.facts.denominator, subject.dtype)
     for rank, part in enumerate(capsule.parts):
-        rows = capsule.rows(rank) if part.microbatches else None
+        rows = subject.rows(rank) if part.microbatches else None
         for number, (places, recorded) in enumerate(zip(part.microbatches, part.losses, strict=True), start=1):
-            assert rows is not None
-            batch = rows.select(places)
+            batch = subject.batch(rows, places)
             with torch.set_grad_enabled(gradient):
                 outputs = module(**_to(module.inputs(batch), device))
                 loss, _ = objective(outputs, batch.to(device))
                 if gradient:
                     (loss / found.denominator).backward()
             answers = {name: tensor.detach().cpu() for name, tensor in outputs.items()}
-            samples = [_sample(rank, number, role, single, answer, objective) for single, answer in _rows(batch, answers)]
+            samples = [_sample(rank, number, look, objective) for look in subject.looks(rows, places, answers)]
             found.samples += samples
             size = sum(abs(sample.loss) for sample in samples)
             found.microbatches.append(MicrobatchLoss(rank, number, recorded, float(loss.detach()), size))
@@ -121,58 +103,26 @@ def replay(capsule: Capsule, device: str = "cpu", *, gradient: bool = True) -> R
     return found
 
 
-def _module(capsule: Capsule, config: PPOConfig) -> Any:
-    """The role's module with the weights of the capsule."""
-    role, build = capsule.facts.role, policy_module if capsule.facts.role == "policy" else value_module
-    section: Any = getattr(config, role)
-    if section.lora is not None:
-        module = build(config)
-        _take(trained_weights_of(module.model), capsule)
-        return module
-    changes = {"model": str(capsule.folder / MODEL)} | ({"head_init": "keep"} if role == "value" else {})
-    return build(config.model_copy(update={role: section.model_copy(update=changes)}))
+def subject_of(capsule: Capsule) -> Subject:
+    """The model of a capsule, as it was.
+
+    Raises:
+        UserError: of no known stage or role; or its weights cannot be read.
+    """
+    facts = capsule.facts
+    if facts.stage in KINDS:
+        return RowsSubject(capsule)
+    if facts.stage == "ppo" and facts.role in READ:
+        return ExperienceSubject(capsule)
+    what = f"a capsule of the {facts.role!r} of the stage {facts.stage!r}, which this version does not know"
+    raise UserError(what, where=str(capsule.folder), fix="use the version that wrote it")
 
 
-@torch.no_grad()
-def _take(held: Mapping[str, Tensor], capsule: Capsule) -> None:
-    try:
-        saved = load_file(capsule.folder / TRAINED)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{TRAINED} cannot be read: {type(error).__name__}", where=str(capsule.folder), fix="use another capsule") from None
-    if {name: weight.shape for name, weight in held.items()} != {name: weight.shape for name, weight in saved.items()}:
-        fix = "put the base model back as it was when the run began"
-        raise UserError("the trained weights do not fit the base model", where=str(capsule.folder), fix=fix)
-    for name, weight in held.items():
-        weight.copy_(saved[name])
-
-
-def _rows(batch: ExperienceBatch, outputs: Outputs) -> Iterator[tuple[ExperienceBatch, Outputs]]:
-    """One row at a time, with the model's answers to it."""
-    for row in range(len(batch)):
-        single = batch.select([row])
-        width = single.response_tokens_BT.shape[1]
-        yield single, {name: each[row : row + 1, :width] if name.endswith("_BT") else each[row : row + 1] for name, each in outputs.items()}
-
-
-def _sample(rank: int, microbatch: int, role: str, row: ExperienceBatch, outputs: Outputs, objective: Objective) -> Sample:
-    loss = float(objective(outputs, row)[0])
-    given, answered = READ[role]
-    named = [(name, getattr(row, name)) for name in given] + [(f"the model's {name}", outputs[name]) for name in answered]
-    fault = next((place for name, each in named if (place := _place(name, each, row))), "" if math.isfinite(loss) else "the loss itself")
-    ids = int(row.prompt_id_B[0]), int(row.sample_index_B[0]), int(row.valid_tokens_B[0])
-    return Sample(rank, microbatch, *ids, loss, fault, row.prompts[0], row.completions[0])
-
-
-def _place(name: str, values_BT: Tensor | None, row: ExperienceBatch) -> str:
-    """The first trained token at which a number is not finite, in words."""
-    if values_BT is None:
-        return ""
-    wrong = (~values_BT.isfinite() & row.response_mask_BT)[0].nonzero().flatten().tolist()
-    if not wrong:
-        return ""
-    token, value = int(row.response_tokens_BT[0, wrong[0]]), float(values_BT[0, wrong[0]])
-    more = f", and at {len(wrong) - 1} more" if len(wrong) > 1 else ""
-    return f"{name} is {value} at response token {wrong[0] + 1} (id {token}){more}"
+def _sample(rank: int, microbatch: int, look: Look, objective: Objective) -> Sample:
+    with torch.no_grad():
+        loss = float(objective(look.outputs, look.batch)[0])
+    fault = look.fault or ("" if math.isfinite(loss) else "the loss itself")
+    return Sample(rank, microbatch, look.name, look.tokens, loss, fault, look.texts)
 
 
 def _look_at_gradient(module: nn.Module, found: Replay) -> None:

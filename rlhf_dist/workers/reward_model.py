@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf_dist.algos.reward_objective import RewardObjective
 from rlhf_dist.config.errors import UserError
-from rlhf_dist.config.reward_model import RewardModelConfig
+from rlhf_dist.config.reward_model import RewardModelConfig, ScorerSection
 from rlhf_dist.contracts.supervised import RowFacts, Side
 from rlhf_dist.data.answer_batches import collate_answers
 from rlhf_dist.data.answers import AnswersEncoder, AnswersRow
@@ -18,6 +18,7 @@ from rlhf_dist.evaluation.judged import JudgedPair, judged_pairs
 from rlhf_dist.models.loading import load_tokenizer, name_stops, stop_tokens
 from rlhf_dist.models.lora import add_adapter
 from rlhf_dist.models.reward_model import HEAD, RewardModelModule, load_reward_model, separate_pad
+from rlhf_dist.workers.capsules import CapsuleWriter
 from rlhf_dist.workers.rows import preference_rows
 from rlhf_dist.workers.supervised import SupervisedWorker
 from rlhf_dist.workers.training import build_engine, prepare_checkpointing, seeded
@@ -50,13 +51,13 @@ class RewardModelWorker(SupervisedWorker):
                 judged += judged_pairs(row, [next(scores) for _ in row.answers])
         return tuple(judged)
 
-    def _cut(self, source: Sequence[Any], microbatches: tuple[tuple[int, ...], ...]) -> list[list[Any]]:
+    def _cuts(self, source: Sequence[Any], microbatches: tuple[tuple[int, ...], ...]) -> list[tuple[int, ...]]:
         """Rows with different numbers of answers apart: padded together they would exceed the budget that each was counted in."""
-        together = super()._cut(source, microbatches)
+        together = super()._cuts(source, microbatches)
         if self._engine.module.packing:
             return together
-        counts = [sorted({len(row.answers) for row in rows}) for rows in together]
-        return [[row for row in rows if len(row.answers) == k] for rows, ks in zip(together, counts, strict=True) for k in ks]
+        counts = [sorted({len(source[row].answers) for row in rows}) for rows in together]
+        return [tuple(row for row in rows if len(source[row].answers) == k) for rows, ks in zip(together, counts, strict=True) for k in ks]
 
 
 def with_margin(rows: Sequence[AnswersRow]) -> int:
@@ -71,22 +72,54 @@ def build_reward_model(config: RewardModelConfig, rank: Rank) -> RewardModelWork
         UserError: a row or a model that cannot be used, or margins that are asked for and that no row has.
     """
     seeded(config.run.seed)
-    section = config.model
-    tokenizer = load_tokenizer(section.model, trust_remote_code=section.trust_remote_code)
-    stops = stop_tokens(section.model, tokenizer, trust_remote_code=section.trust_remote_code)
-    pad = separate_pad(tokenizer, stops)
+    section, tokens = config.model, tokens_of(config.model)
+    tokenizer, stops, pad = tokens.tokenizer, tokens.stops, tokens.pad
     rows = preference_rows(config.data, AnswersEncoder(tokenizer, stops), as_pairs=False, pad=pad)
     if config.reward_model.margins and rows.train and not with_margin(rows.train):
         what = f"reward_model.margins is on, and none of the {len(rows.train)} training rows is a pair with a hard label and a margin"
         raise UserError(
             what, where="data.train", fix="give the rows a column `margin` (numbers other than 0), or set reward_model.margins=false"
         )
-    model: Any = load_reward_model(section, section.model, pad, config.run.seed)
-    name_stops(model.config, stops)  # whoever scores chats must end them as here
+    training = Training(section.optim, config.training.total_steps(len(rows.train)))
+    engine = build_engine(reward_module(config, tokens), section, rank, training)
+    capsules = CapsuleWriter(engine, tokenizer, config)
+    return RewardModelWorker(engine, reward_objective(config), rows, collate_answers, tokenizer, capsules)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """tokenizer: with a pad token that no text holds. stops: ids that end a text. pad: the pad's id."""
+
+    tokenizer: Any
+    stops: tuple[int, ...]
+    pad: int
+
+
+def tokens_of(section: ScorerSection) -> Tokens:
+    """The tokens of a model that learns to score.
+
+    Raises:
+        UserError: no such model, or one without a tokenizer.
+    """
+    tokenizer = load_tokenizer(section.model, trust_remote_code=section.trust_remote_code)
+    stops = stop_tokens(section.model, tokenizer, trust_remote_code=section.trust_remote_code)
+    return Tokens(tokenizer, stops, separate_pad(tokenizer, stops))
+
+
+def reward_module(config: RewardModelConfig, tokens: Tokens) -> RewardModelModule:
+    """The reward model before its first step, with a new adapter where it trains one.
+
+    Raises:
+        UserError: the model cannot be loaded.
+    """
+    section = config.model
+    model: Any = load_reward_model(section, section.model, tokens.pad, config.run.seed)
+    name_stops(model.config, tokens.stops)  # whoever scores chats must end them as here
     if section.lora is not None:
         model = add_adapter(model, section.lora, config.run.seed, head=HEAD)
-    training = Training(section.optim, config.training.total_steps(len(rows.train)))
-    module: Any = prepare_checkpointing(model, section)
-    engine = build_engine(RewardModelModule(module, packing=section.packing), section, rank, training)
-    objective: Any = RewardObjective(config.reward_model.ranking, config.reward_model.margins, config.reward_model.centring)
-    return RewardModelWorker(engine, objective, rows, collate_answers, tokenizer)
+    return RewardModelModule(prepare_checkpointing(model, section), packing=section.packing)
+
+
+def reward_objective(config: RewardModelConfig) -> Any:
+    """What a reward model is trained on: an `Objective` of `PreferenceBatch`."""
+    return RewardObjective(config.reward_model.ranking, config.reward_model.margins, config.reward_model.centring)

@@ -112,6 +112,7 @@ def _preference_encode(section: RowsSection, encoder: AnswersEncoder, pad: int |
             pair.margin if pair else None,
             pair.label_probability if pair else None,
             record.weight,
+            record.origin,
         )
 
     return encode

@@ -13,6 +13,7 @@ from rlhf_dist.data.layouts import Demonstration
 from rlhf_dist.data.token_rows import DemonstrationEncoder, TokenRow, collate_demonstrations, too_long
 from rlhf_dist.engines.process import Rank
 from rlhf_dist.models.loading import load_tokenizer, stop_tokens
+from rlhf_dist.workers.capsules import CapsuleWriter
 from rlhf_dist.workers.rows import Encode, look_at_rows, read_rows
 from rlhf_dist.workers.supervised import Rows, SupervisedWorker
 from rlhf_dist.workers.training import build_policy, seeded
@@ -25,7 +26,7 @@ def build_sft(config: SFTConfig, rank: Rank) -> SupervisedWorker:
     tokenizer = load_tokenizer(section.model, trust_remote_code=section.trust_remote_code)
     rows = sft_rows(config, tokenizer)
     engine = build_policy(section, config.run.seed, rank, config.training.total_steps(len(rows.train)))
-    return SupervisedWorker(engine, nll_objective, rows, collate_demonstrations, tokenizer)
+    return SupervisedWorker(engine, nll_objective, rows, collate_demonstrations, tokenizer, CapsuleWriter(engine, tokenizer, config))
 
 
 def sft_rows(config: SFTConfig, tokenizer: Any) -> Rows:

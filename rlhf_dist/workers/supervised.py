@@ -15,8 +15,11 @@ from rlhf_dist.contracts.supervised import RowFacts
 from rlhf_dist.contracts.tally import Tally
 from rlhf_dist.engines.deepspeed import DeepSpeedEngine
 from rlhf_dist.models.flops import flops_of, forward_flops, training_flops
+from rlhf_dist.runs.capsule_rows import NumberedRow
+from rlhf_dist.workers.capsules import CapsuleWriter
 from rlhf_dist.workers.export import export_model
 from rlhf_dist.workers.saving import SavedWorker
+from rlhf_dist.workers.steps import Steps
 from rlhf_dist.workers.training import parameter_counts
 
 
@@ -40,13 +43,21 @@ class SupervisedWorker(SavedWorker):
         rows: the same on every rank.
         collate: rows → what the engine's module takes.
         tokenizer: saved beside the exported weights.
+        capsules: writes skipped steps down; None where none are.
     """
 
     def __init__(
-        self, engine: DeepSpeedEngine, objective: Objective, rows: Rows, collate: Callable[[Sequence[Any]], Any], tokenizer: Any
+        self,
+        engine: DeepSpeedEngine,
+        objective: Objective,
+        rows: Rows,
+        collate: Callable[[Sequence[Any]], Any],
+        tokenizer: Any,
+        capsules: CapsuleWriter | None = None,
     ) -> None:
         self._engine, self._objective, self._rows, self._collate, self._tokenizer = engine, objective, rows, collate, tokenizer
         self._training_costs = training_flops(engine.module)
+        self._steps = Steps(engine, objective, "model", capsules)
 
     def describe(self) -> RowFacts:
         """Lengths and weights of all rows."""
@@ -62,16 +73,17 @@ class SupervisedWorker(SavedWorker):
 
     def update(self, request: UpdateRequest) -> UpdateInfo:
         """One optimizer step on this rank's microbatches."""
-        began = time.perf_counter()
-        batches = [self._collate(rows) for rows in self._cut(self._rows.train, request.microbatches)]
-        tally = self._engine.forward_backward(batches, self._objective, request.denominator)
-        step = self._engine.optimizer_step()
+        began, train = time.perf_counter(), self._rows.train
+        cuts = self._cuts(train, request.microbatches)
+        batches = [self._collate([train[row] for row in rows]) for rows in cuts]
+        self._steps.begin()
+        taken = self._steps.take(batches, request.denominator)
         seconds = time.perf_counter() - began
-        if step.skipped:
-            tally = Tally()  # of nothing that was learnt, and not finite
+        tally = Tally() if taken.info.skipped else taken.tally  # of nothing that was learnt, and not finite
         if batches:
             tally.add("perf/update_tflops", flops_of(self._training_costs, batches) / 1e12, seconds)
-        return UpdateInfo(tally, step, seconds, unsound=self._engine.unsound_weights())
+        fault, capsule = self._steps.look(request, taken, cuts, lambda rows: [NumberedRow(row, train[row]) for row in rows])
+        return UpdateInfo(tally, taken.info, seconds, fault, capsule, taken.unsound)
 
     def evaluate(self, microbatches: tuple[tuple[int, ...], ...]) -> Tally:
         """Metrics of held-out rows."""
@@ -87,5 +99,9 @@ class SupervisedWorker(SavedWorker):
         export_model(self._engine, self._engine.module.model, self._tokenizer, folder)
 
     def _cut(self, source: Sequence[Any], microbatches: tuple[tuple[int, ...], ...]) -> list[list[Any]]:
-        """The rows of each microbatch; empty ones count for nothing."""
-        return [[source[row] for row in rows] for rows in microbatches if rows]
+        """The rows of each microbatch."""
+        return [[source[row] for row in rows] for rows in self._cuts(source, microbatches)]
+
+    def _cuts(self, source: Sequence[Any], microbatches: tuple[tuple[int, ...], ...]) -> list[tuple[int, ...]]:
+        """The row numbers of each microbatch as it is really done; empty ones count for nothing."""
+        return [rows for rows in microbatches if rows]

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from rlhf_dist.algos.whitening import whiten
 from rlhf_dist.config.deepspeed import resolve_deepspeed
 from rlhf_dist.config.engines import EngineSection, PolicySection, TrainedSection
 from rlhf_dist.config.ppo import PPOConfig
-from rlhf_dist.contracts.engine import Engine, Objective, Outputs, StepInfo
-from rlhf_dist.contracts.experience import ExperienceBatch, SequenceBatch
+from rlhf_dist.contracts.engine import Engine, Objective
+from rlhf_dist.contracts.experience import ExperienceBatch
 from rlhf_dist.contracts.moments import Moments
-from rlhf_dist.contracts.roles import Fault, UpdateInfo, UpdateRequest
-from rlhf_dist.contracts.tally import Tally
+from rlhf_dist.contracts.roles import UpdateInfo, UpdateRequest
 from rlhf_dist.engines.deepspeed import DeepSpeedEngine, Training
 from rlhf_dist.engines.process import Rank
 from rlhf_dist.models.flops import flops_of, training_flops, whole_size
 from rlhf_dist.models.loading import load_causal_lm
 from rlhf_dist.models.lora import add_adapter
 from rlhf_dist.models.policy import PolicyModule
-from rlhf_dist.runs.capsule import Facts, Part
 from rlhf_dist.workers.capsules import CapsuleWriter
+from rlhf_dist.workers.steps import Steps
 
 
 class Trainer:
@@ -44,9 +40,9 @@ class Trainer:
     def __init__(
         self, engine: Engine, objective: Objective, *, whitens: bool, name: str = "policy", capsules: CapsuleWriter | None = None
     ) -> None:
-        self._engine, self._objective, self._whitens, self._name = engine, objective, whitens, name
+        self._whitens, self._name = whitens, name
         self._costs = training_flops(engine.module)
-        self._capsules, self._written = capsules, 0
+        self._steps = Steps(engine, objective, name, capsules)
         self._experience: ExperienceBatch | None = None
 
     def load(self, shards: Sequence[ExperienceBatch], advantages: Moments) -> int:
@@ -55,7 +51,8 @@ class Trainer:
         if self._whitens:
             assert batch.advantages_BT is not None
             batch = batch.replace(advantages_BT=whiten(batch.advantages_BT, batch.response_mask_BT, advantages))
-        self._experience, self._written = batch, 0
+        self._experience = batch
+        self._steps.begin()
         return len(batch)
 
     def update(self, request: UpdateRequest) -> UpdateInfo:
@@ -64,51 +61,15 @@ class Trainer:
         `perf/*_update_tflops` merges over ranks and steps to the operations of a working rank in its seconds, waiting included.
         """
         assert self._experience is not None, "load the experience first"
-        began = time.perf_counter()
-        microbatches = [self._experience.select(rows) for rows in request.microbatches if rows]
-        losses: list[float] = []
-        tally = self._engine.forward_backward(microbatches, _recording(self._objective, losses), request.denominator)
-        step = self._engine.optimizer_step()
-        unsound = self._engine.unsound_weights()
+        began, experience = time.perf_counter(), self._experience
+        cuts = [rows for rows in request.microbatches if rows]
+        microbatches = [experience.select(rows) for rows in cuts]
+        taken = self._steps.take(microbatches, request.denominator)
         seconds = time.perf_counter() - began
         if microbatches:
-            tally.add(f"perf/{self._name}_update_tflops", flops_of(self._costs, microbatches) / 1e12, seconds)
-        fault = self._fault(step, losses)
-        capsule = self._write_down(request, fault, step, losses) if fault and not self._engine.any_rank(bool(unsound)) else ""
-        return UpdateInfo(tally, step, seconds, fault, capsule, unsound)
-
-    def _fault(self, step: StepInfo, losses: Sequence[float]) -> Fault:
-        """What was not finite, on any rank. Collective where the step was skipped, which all ranks know."""
-        if not step.skipped:
-            return ""
-        if self._engine.any_rank(not all(math.isfinite(loss) for loss in losses)):
-            return "loss"
-        return "" if step.overflow else "gradient"
-
-    def _write_down(self, request: UpdateRequest, fault: Fault, step: StepInfo, losses: Sequence[float]) -> str:
-        if self._capsules is None or not request.capsule or self._written >= request.capsules:
-            return ""
-        self._written += 1
-        assert self._experience is not None
-        rows = [row for microbatch in request.microbatches for row in microbatch]
-        places, start = [], 0
-        for microbatch in request.microbatches:
-            if microbatch:
-                places.append(tuple(range(start, start + len(microbatch))))
-            start += len(microbatch)
-        facts = Facts(self._name, fault, request.denominator, step.grad_norm, step.lr)
-        return self._capsules.write(Path(request.capsule), facts, Part(tuple(places), tuple(losses)), self._experience.select(rows))
-
-
-def _recording(objective: Objective, losses: list[float]) -> Objective:
-    """The same objective; each loss is also put into a list."""
-
-    def recorded(outputs: Outputs, microbatch: SequenceBatch) -> tuple[Tensor, Tally]:
-        loss, tally = objective(outputs, microbatch)
-        losses.append(float(loss.detach()))
-        return loss, tally
-
-    return recorded
+            taken.tally.add(f"perf/{self._name}_update_tflops", flops_of(self._costs, microbatches) / 1e12, seconds)
+        fault, capsule = self._steps.look(request, taken, cuts, experience.select)
+        return UpdateInfo(taken.tally, taken.info, seconds, fault, capsule, taken.unsound)
 
 
 def build_engine(module: Any, section: EngineSection, rank: Rank, training: Training | None = None) -> DeepSpeedEngine:
@@ -126,8 +87,16 @@ def load_policy(section: PolicySection, seed: int) -> torch.nn.Module:
 
 def build_policy(section: PolicySection, seed: int, rank: Rank, steps: int) -> DeepSpeedEngine:
     """A trained engine of it, for a supervised stage of so many optimizer steps."""
-    model = prepare_checkpointing(load_policy(section, seed), section)
-    return build_engine(PolicyModule(model, packing=section.packing), section, rank, Training(section.optim, steps))
+    return build_engine(supervised_policy(section, seed), section, rank, Training(section.optim, steps))
+
+
+def supervised_policy(section: PolicySection, seed: int) -> PolicyModule:
+    """What a supervised stage trains of it, before its first step.
+
+    Raises:
+        UserError: the model cannot be loaded.
+    """
+    return PolicyModule(prepare_checkpointing(load_policy(section, seed), section), packing=section.packing)
 
 
 def optimizer_steps(config: PPOConfig, idle: int = 0) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rlhf_dist.algos.objectives import ValueObjective
-from rlhf_dist.config.loading import dump_config
 from rlhf_dist.config.ppo import PPOConfig
 from rlhf_dist.contracts.experience import ExperienceBatch, Piece
 from rlhf_dist.contracts.flops import FlopModel
@@ -35,7 +34,7 @@ class ValueWorker(SavedWorker):
         self._budget = (section.microbatch_tokens, section.packing)
         self._tokenizer = load_tokenizer(section.model or config.policy.model, trust_remote_code=section.trust_remote_code)
         self._engine = build_engine(value_module(config), section, rank, Training(section.optim, optimizer_steps(config)))
-        capsules = CapsuleWriter(self._engine, self._tokenizer, dump_config(config))
+        capsules = CapsuleWriter(self._engine, self._tokenizer, config)
         self._trainer = Trainer(self._engine, ValueObjective(config.algorithm), whitens=False, name="value", capsules=capsules)
 
     def costs(self) -> FlopModel:

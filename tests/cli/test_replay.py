@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from rlhf_dist.cli.main import main
-from rlhf_dist.runs.capsule import read_capsule
+from rlhf_dist.runs.capsule import FORMAT, read_capsule
 from rlhf_dist.runs.checkpoints import CheckpointStore
 from rlhf_dist.runs.metrics import read_metrics
 from rlhf_dist.workers.replay import replay
@@ -204,11 +205,68 @@ def test_log_probs_that_are_not_finite_skip_the_step_and_nothing_else(
     assert any(fault.startswith("old_logprobs_BT is nan") for fault in faults) or all("advantages_BT" in fault for fault in faults)
 
 
+@pytest.fixture
+def rlhf_dist_dpo(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """`rlhf_dist_dpo(name, "key=value", …)`: six steps of `rlhf-dist dpo` on twelve pairs; what the reference says of `ROW` is infinite."""
+    from rlhf_dist.workers.dpo import DPOWorker
+
+    keep = DPOWorker.keep_reference
+
+    def spoilt(self: DPOWorker, train: Any, evaluation: Any) -> None:
+        keep(self, [*train[:ROW], (-math.inf, train[ROW][1]), *train[ROW + 1 :]], evaluation)
+
+    monkeypatch.setattr(DPOWorker, "keep_reference", spoilt)
+    rows = [{"prompt": f"w{n} w3", "chosen": f" w{n + 20}" * (1 + n % 3), "rejected": " w9"} for n in range(12)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {
+        "data": {"train": str(tmp_path / "pairs.jsonl"), "max_tokens": 32},
+        "model": {"model": str(tiny_model), "optim": {"lr": 1e-3}, "microbatch_tokens": 24},
+        "training": {"epochs": 2, "batch_size": 4},
+        "placement": {"launcher": "spmd"},
+    }
+    (tmp_path / "dpo.yaml").write_text(yaml.safe_dump(values))
+
+    def run(name: str, *overrides: str) -> Path:
+        main(["dpo", "--config", str(tmp_path / "dpo.yaml"), f"run.output_dir={tmp_path / 'runs'}", f"run.name={name}", *overrides])
+        return tmp_path / "runs" / name
+
+    return run
+
+
+def test_a_supervised_step_that_is_not_finite_is_skipped_written_down_and_replayed(
+    rlhf_dist_dpo: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that stops after it and goes on ends as one that never stopped: same weights, metrics, capsules."""
+    through = rlhf_dist_dpo("through", "training.capsules=1")
+    said, lines = capsys.readouterr().out, lines_of(through)
+    skipped = [line["step"] for line in lines if line["skipped_steps"]]
+    assert len(skipped) == 2 and all("loss" not in line for line in lines if line["skipped_steps"]), "the pair comes once an epoch"
+    name = f"step_{skipped[0]:06d}_model_01"
+    assert capsules_of(through) == [name] and f"capsule: {through / 'capsules' / name}" in said
+    assert f"step {skipped[0]} skipped: the loss was not finite" in said
+    main(["replay", str(through / "capsules" / name)])
+    shown = capsys.readouterr().out
+    assert f"row {ROW}: reference log-prob of chosen is -inf" in shown and f"pairs.jsonl:{ROW + 1}'" in shown and "w23" in shown
+    assert "step of the model (the loss was not finite)" in shown and shown.splitlines()[-1] == "reproduced"
+    capsule = read_capsule(through / "capsules" / name)
+    finite = [each for each in replay(capsule).microbatches if math.isfinite(each.recorded)]
+    assert finite and all(abs(each.now - each.recorded) <= 1e-6 * each.size for each in finite)
+    with pytest.raises(SystemExit) as ended:
+        rlhf_dist_dpo("stopped", "training.capsules=1", "training.max_skipped=1")
+    stopped = through.parent / "stopped"
+    assert ended.value.code == 2 and f"rlhf-dist replay {stopped / 'capsules' / name}" in capsys.readouterr().err
+    rlhf_dist_dpo("stopped", "training.capsules=1", "training.max_skipped=9", "run.resume=auto")
+    assert capsules_of(stopped) == [name] and settled(stopped) == settled(through)
+    ours, theirs = (load_file(root / "export" / "model" / "model.safetensors") for root in (stopped, through))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert capsules_of(rlhf_dist_dpo("none", "training.capsules=0", "training.epochs=1")) == []
+
+
 def test_a_capsule_that_is_not_whole_is_refused_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for folder, words in ((tmp_path / "none", "there is no capsule.json"), (tmp_path / "odd", "cannot be read: KeyError")):
         if folder.name == "odd":
             folder.mkdir()
-            (folder / "capsule.json").write_text(json.dumps({"format": 1}))
+            (folder / "capsule.json").write_text(json.dumps({"format": FORMAT}))
         with pytest.raises(SystemExit) as ended:
             main(["replay", str(folder)])
         assert ended.value.code == 2 and words in capsys.readouterr().err

@@ -6,7 +6,7 @@ import pytest
 
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.config.ppo import PPOConfig
-from rlhf_dist.config.stages import STAGES, config_of, stage_of
+from rlhf_dist.config.stages import STAGES, config_of, stage_of, stage_of_config
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,10 @@ def test_what_fits_several_stages_is_asked_for(sections: list[str], fit: str) ->
     with pytest.raises(UserError, match=fit) as caught:
         stage_of(sections, "f.yaml")
     assert caught.value.where == "f.yaml" and "--stage" in caught.value.fix
+
+
+def test_the_stage_of_a_config() -> None:
+    assert [stage_of_config(kind.model_construct()) for kind in STAGES.values()] == list(STAGES)
 
 
 def test_a_stage_by_name() -> None:

@@ -23,6 +23,12 @@ def test_what_makes_no_sense_is_refused(values: dict[str, object]) -> None:
 
 def test_training_counts_from_one() -> None:
     assert TrainingSection().epochs == 1
-    for name in ("epochs", "batch_size", "max_steps"):
+    for name in ("epochs", "batch_size", "max_steps", "max_skipped"):
         with pytest.raises(ValidationError):
             TrainingSection.model_validate({name: 0})
+
+
+def test_capsules_may_be_none() -> None:
+    assert TrainingSection().capsules == 2 and TrainingSection(capsules=0).capsules == 0
+    with pytest.raises(ValidationError):
+        TrainingSection(capsules=-1)

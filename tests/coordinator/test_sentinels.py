@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_dist.config.sentinels import SentinelsSection
+from rlhf_dist.contracts.roles import NOT_WRITTEN
 from rlhf_dist.coordinator.sentinels import DETECTORS, Sentinels, median
 from rlhf_dist.coordinator.update import UpdateReport
 
@@ -123,6 +124,13 @@ def test_the_row_of_each_model_is_its_own_and_survives_a_resume() -> None:
     error = resumed.spent(2)
     assert error is not None and error.what.startswith("3 optimizer steps of the policy in a row") and "gradient" in error.what
     assert "rlhf-dist replay /run/capsules/one" in error.fix and error.where == "step 2 (sentinels.max_skipped 3)"
+
+
+def test_a_capsule_that_could_not_be_written_is_none_to_replay() -> None:
+    sentinels = Sentinels(SentinelsSection(max_skipped=1))
+    said = sentinels.note(1, UpdateReport(faults={"policy": ["loss"]}, capsules=[("policy", f"{NOT_WRITTEN} on rank 0: the disk is full")]))
+    error = sentinels.spent(1)
+    assert "the disk is full" in said[1] and error is not None and "replay" not in error.fix
 
 
 def test_each_model_has_its_number_of_capsules() -> None:

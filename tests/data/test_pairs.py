@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from rlhf_dist.data.answers import AnswersRow
+from rlhf_dist.data.layouts import Origin
 from rlhf_dist.data.pairs import PairRow, collate_pairs, pair_of, sequences
 from rlhf_dist.data.token_rows import TokenRow
 
@@ -28,6 +29,12 @@ def answers(probability: float | None = None, weight: float = 1.0) -> AnswersRow
 def test_a_hard_label_stays_hard() -> None:
     for soft in (True, False):
         assert pair_of(answers(weight=2.0), soft_labels=soft) == (PairRow(GOOD, BAD, None, 2.0), "")
+
+
+def test_a_pair_knows_where_it_came_from() -> None:
+    origin = Origin("rows.jsonl", 3, "file")
+    pair, _ = pair_of(dataclasses.replace(answers(0.3), origin=origin), soft_labels=True)
+    assert pair is not None and pair.origin == origin and pair == PairRow(BAD, GOOD, 0.7), "which is no part of what it is"
 
 
 def test_soft_labels_are_kept_with_the_likelier_answer_first() -> None:

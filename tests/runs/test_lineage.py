@@ -12,6 +12,7 @@ import yaml
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.config.loading import dump_config
 from rlhf_dist.config.ppo import PPOConfig
+from rlhf_dist.config.sft import SFTConfig
 from rlhf_dist.runs.lineage import CONFIG, changed_keys, check_same_run
 
 
@@ -91,6 +92,13 @@ def test_the_token_of_an_endpoint_may_come_from_elsewhere(tmp_path: Path, ppo_va
 def test_what_takes_sums_in_another_order_is_said_to(saved: Path, ppo_values: dict[str, Any], key: str, value: Any, rounds: bool) -> None:
     (change,) = check_same_run(saved, changed(ppo_values, key, value))
     assert change.startswith(f"{key}: ") and change.endswith(" (the run goes on up to rounding)") == rounds
+
+
+def test_how_many_steps_may_be_skipped_and_written_down_may_change_in_a_supervised_stage(tmp_path: Path) -> None:
+    values: dict[str, Any] = {"data": {"train": "x"}, "model": {"model": "m"}}
+    (tmp_path / CONFIG).write_text(dump_config(SFTConfig.model_validate(values)))
+    other = SFTConfig.model_validate(values | {"training": {"max_skipped": 9, "capsules": 0}})
+    assert check_same_run(tmp_path, other) == ["training.max_skipped: 3, now 9", "training.capsules: 2, now 0"]
 
 
 def test_a_key_that_came_or_went_counts_as_a_change(saved: Path, ppo_values: dict[str, Any]) -> None:

@@ -218,13 +218,20 @@ DEAD, STUCK = Lost("a worker process died", where="model rank 1, update"), Late(
 
 
 def loop_of(
-    folder: RunFolder, group: Mortal, said: list[str], restarts: int = 3, every: int = 2, asynchronous: bool = False, **options: Any
+    folder: RunFolder,
+    group: Mortal,
+    said: list[str],
+    restarts: int = 3,
+    every: int = 2,
+    asynchronous: bool = False,
+    capsules: int = 2,
+    **options: Any,
 ) -> tuple[SupervisedLoop, Recorder]:
     class Said(NullReporter):
         def message(self, text: str) -> None:
             said.append(text)
 
-    values = {"data": {"train": "x"}, "model": {"model": "m"}, "training": {"batch_size": 2, "epochs": 2}}
+    values = {"data": {"train": "x"}, "model": {"model": "m"}, "training": {"batch_size": 2, "epochs": 2, "capsules": capsules}}
     values |= {"checkpoint": {"every": every, "asynchronous": asynchronous}, "placement": {"restarts": restarts}}
     recorder = Recorder(folder)
     stage = Stage("sft", "eval/loss")
@@ -313,16 +320,22 @@ def test_one_that_is_asked_to_stop_saves_and_goes_on_later(folder: RunFolder, ev
 
 
 class Skipping(Mortal):
-    """Skips some updates, by number; fp16's search for a loss scale is no alarm."""
+    """Skips some updates, by number, and writes a capsule where it may; fp16's search for a loss scale is no alarm."""
 
-    def __init__(self, skipped: dict[int, bool], unsound: int = 0) -> None:
-        super().__init__({})
+    def __init__(self, skipped: dict[int, bool], unsound: int = 0, failures: dict[int, Lost] | None = None) -> None:
+        super().__init__(failures or {})
         self.skips, self.spoilt = skipped, unsound
 
     def update(self, requests: list[UpdateRequest]) -> list[UpdateInfo]:
         info = super().update(requests)[0]
+        assert len({(request.capsule, request.capsules) for request in requests}) == 1
         if self.taken in self.skips:
-            return [UpdateInfo(Tally(), StepInfo(math.nan, 0.1, True, self.skips[self.taken]), 0.0)] * 2
+            overflow, folder = self.skips[self.taken], Path(requests[0].capsule)
+            written = not overflow and requests[0].capsules > 0
+            if written:
+                folder.mkdir(parents=True)
+            step = StepInfo(math.nan, 0.1, True, overflow)
+            return [UpdateInfo(Tally(), step, 0.0, "" if overflow else "loss", str(folder) if written else "")] * 2
         return [dataclasses.replace(info, unsound="head.weight" if self.taken == self.spoilt else "")] * 2
 
 
@@ -333,7 +346,50 @@ def test_steps_that_are_skipped_are_counted_and_three_in_a_row_stop_the_run_with
     with pytest.raises(UserError, match="3 optimizer steps in a row were skipped") as caught:
         run(tmp_path / "many", Skipping({3: False, 4: False, 5: False}), epochs=4)
     assert caught.value.where == "step 5 (training.max_skipped 3)"
+    assert f"`rlhf-dist replay {tmp_path / 'many' / 'run' / 'capsules' / 'step_000004_model_01'}`" in caught.value.fix
     assert [path.name for path in (tmp_path / "many" / "run" / "checkpoints").iterdir()] == ["step_000005"]
+
+
+def capsules_of(folder: RunFolder) -> list[int]:
+    return sorted(int(path.name.removeprefix("step_").removesuffix("_model_01")) for path in folder.capsules.glob("*"))
+
+
+def test_so_many_skipped_steps_are_written_down_and_said(folder: RunFolder) -> None:
+    said: list[str] = []
+    loop_of(folder, Skipping({2: False, 3: True, 5: False, 7: False}), said)[0].run()
+    assert capsules_of(folder) == [2, 5]
+    place = folder.capsules / "step_000002_model_01"
+    assert said[:2] == ["step 2 skipped: the loss was not finite", f"capsule: {place}"]
+    assert said[2].startswith("step 5") and said[4:] == ["step 7 skipped: the loss was not finite"]
+
+
+def test_one_that_dies_forgets_the_capsules_of_later_steps_and_writes_the_same_again(folder: RunFolder) -> None:
+    """The first capsule is saved, the second is not; in the end there are those of a calm run, and no third."""
+    skipped = {2: False, 3: False, 5: False, 7: False}
+    group = Skipping(skipped, failures={4: DEAD})
+    loop, _ = loop_of(folder, group, [])
+    begin = group.begin_rebuild
+
+    def rebuilt() -> None:
+        assert capsules_of(folder) == [2, 3]
+        begin()
+
+    group.begin_rebuild = rebuilt  # type: ignore[method-assign]
+    loop.run()
+    assert group.rebuilt == 1 and group.loaded[-1] == "step_000002" and capsules_of(folder) == [2, 3]
+
+
+@pytest.mark.parametrize("most", [0, 1, 3])
+def test_a_resumed_run_writes_what_an_undisturbed_one_would_have(folder: RunFolder, most: int) -> None:
+    skipped = {2: False, 4: False, 6: False}
+    group = Skipping(skipped)
+    assert loop_of(folder, group, [], capsules=most, stopping=lambda: group.taken == 4)[0].run() == {"stopped": 4}
+    (folder.capsules / "step_000005_model_01").mkdir(parents=True)  # of steps that were not saved
+    recorder = Recorder(folder)
+    checkpoint = recorder.newest_checkpoint(lambda text: None)
+    recorder.close()
+    loop_of(folder, Skipping(skipped), [], capsules=most, resume=checkpoint)[0].run()
+    assert capsules_of(folder) == [2, 4, 6][:most]
 
 
 def test_weights_that_are_not_finite_end_the_run_and_are_not_saved(tmp_path: Path) -> None:

@@ -63,7 +63,8 @@ def test_a_capsule_holds_the_weights_of_its_moment_and_replays_at_any_time(updat
         and found.microbatches[0].now > 0
     )
     wrong = [sample for sample in found.samples if sample.fault]
-    assert [sample.prompt for sample in wrong] == ["prompt 5"] and wrong[0].fault.startswith("returns_BT is inf at response token 3 (id ")
+    assert [sample.texts["prompt"] for sample in wrong] == ["prompt 5"]
+    assert wrong[0].fault.startswith("returns_BT is inf at response token 3 (id ")
     assert [sample.fault for sample in replay(capsule, gradient=False).samples] == [sample.fault for sample in found.samples]
 
 

@@ -228,7 +228,7 @@ def rows_of(tmp_path: Path, config: Configured, rows: list[dict[str, Any]], **op
 def test_rankings_become_their_pairs(dpo_config: Configured, tmp_path: Path) -> None:
     rows = rows_of(tmp_path, dpo_config, [{"prompt": "w1", "answers": [" w2", " w3", " w4"], "ranks": [2, 1, 3]}])
     texts = [(int(row.chosen.tokens[2]) - 4, int(row.rejected.tokens[2]) - 4) for row in rows.train]
-    assert texts == [(3, 2), (3, 4), (2, 4)]
+    assert texts == [(3, 2), (3, 4), (2, 4)] and {row.origin.where for row in rows.train} == {f"{tmp_path / 'given.jsonl'}:1"}
     assert all(row.chosen.tokens[-1] == 2 and row.chosen.trained[-1] for row in rows.train), "answers end with the stop token"
 
 

@@ -35,6 +35,7 @@ def test_rows_are_split_by_prompt_and_faults_counted_once(tiny_model: Path, rows
     prompts = [{int(row.tokens[1]) for row in part} for part in (rows.train, rows.evaluation)]
     assert not prompts[0] & prompts[1]
     assert sum(rows.fates.values()) == 1
+    assert all(row.origin.where.endswith(f"rows.jsonl:{int(row.tokens[1]) - 3}") for part in (rows.train, rows.evaluation) for row in part)
     assert all(row.tokens[-1] == tokenizer.eos_token_id and row.trained[-1] for row in rows.train)
     with pytest.raises(UserError, match=r"rows.jsonl:41"):
         sft_rows(config(tiny_model, rows_file, faults="error"), tokenizer)
