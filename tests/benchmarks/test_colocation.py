@@ -8,7 +8,7 @@ from pathlib import Path
 import colocation
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 def test_engines_that_take_turns_need_less_than_all_together(tmp_path: Path) -> None:

@@ -86,6 +86,7 @@ def test_training_step(tmp_path: Path) -> None:
     assert all(0 < each["mfu"] < 1 and each["trained_tokens_per_second"] > 0 for each in found.values())
 
 
+@pytest.mark.long
 def test_memory_of_a_streamed_head_is_not_that_of_the_logits(tmp_path: Path) -> None:
     memory.main(
         "head", "96000", rows=4, limit=48, dtype="fp32", repeats=1, results=tmp_path, job="", **TINY

@@ -134,12 +134,15 @@ def _environment(process: psutil.Process) -> dict[str, str]:
 
 @pytest.fixture
 def begun(ppo_values: dict[str, Any], tmp_path: Path) -> Iterator[Callable[..., Command]]:
-    """`begun("ray")`: a run of very many steps."""
+    """`begun("ray")`: a run of very many steps, of few processes: the policy is its own reference, and there is no value model."""
     made: list[Command] = []
 
     def begin(launcher: str) -> Command:
         ppo_values["run"]["steps"] = 100_000
         ppo_values["placement"] = {"launcher": launcher}
+        if launcher == "ray":
+            ppo_values["algorithm"]["estimator"] = "reinforce"
+            ppo_values["policy"]["lora"] = {"r": 4}
         ppo_values["evaluation"] = ppo_values["checkpoint"] = {"every": 0}
         made.append(Command(ppo_values, tmp_path))
         return made[-1]
@@ -153,7 +156,12 @@ def begun(ppo_values: dict[str, Any], tmp_path: Path) -> Iterator[Callable[..., 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("launcher", "number", "status"),
-    [("spmd", signal.SIGINT, 130), ("spmd", signal.SIGTERM, 143), ("ray", signal.SIGINT, 130), ("ray", signal.SIGTERM, 143)],
+    [
+        ("spmd", signal.SIGINT, 130),
+        ("spmd", signal.SIGTERM, 143),
+        ("ray", signal.SIGINT, 130),
+        pytest.param("ray", signal.SIGTERM, 143, marks=pytest.mark.long),
+    ],
 )
 def test_a_real_run_ends_with_its_state_saved_and_leaves_no_process(
     begun: Callable[..., Command], launcher: str, number: signal.Signals, status: int
@@ -174,7 +182,7 @@ def test_a_real_run_ends_with_its_state_saved_and_leaves_no_process(
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("launcher", ["spmd", "ray"])
+@pytest.mark.parametrize("launcher", ["spmd", pytest.param("ray", marks=pytest.mark.long)])
 def test_a_second_ctrl_c_ends_a_real_run_in_seconds(begun: Callable[..., Command], launcher: str) -> None:
     """Also where the run cannot hear the first: it stands still."""
     run = begun(launcher)

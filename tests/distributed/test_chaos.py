@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 LIMIT_S = 400.0
 Death = tuple[int, str, int, str, float]
@@ -50,7 +50,6 @@ def assert_equal(verdict: dict[str, Any]) -> None:
     assert verdict == {"weights_equal": {"policy": True, "value": True}, "samples_equal": True, "each_sample_once": True}
 
 
-@pytest.mark.long
 def test_a_frozen_group_is_rebuilt_a_training_rank_rolls_back_a_coordinator_is_started_again(lived: Any) -> None:
     """Deaths in three steps; the reference's while the policy samples, so that nothing it owed is there yet."""
     plan = [

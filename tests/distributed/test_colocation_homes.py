@@ -55,6 +55,7 @@ def assert_same_run(root: Path) -> None:
         assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
 
 
+@pytest.mark.long
 def test_under_ray_with_an_adapter_and_a_rollout_group(values: Values, tmp_path: Path, ray_session: None) -> None:
     """The policy under ZeRO 2 in fp32 with LoRA; the value model without ZeRO, in bf16."""
     values["policy"] |= {"deepspeed": str(tmp_path / "zero2.json"), "lora": {"r": 4}}

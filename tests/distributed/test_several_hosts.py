@@ -116,11 +116,11 @@ def hosts() -> Iterator[Hosts]:
 
 
 def begin(hosts: Hosts, values: dict[str, Any], root: Path, name: str) -> subprocess.Popen[bytes]:
-    """Policy on two ranks, one a host where there are two; the rest wherever there is room."""
+    """Policy on two ranks, one a host where there are two; the rest wherever there is room. It is its own reference: a process less."""
     values = json.loads(json.dumps(values))
     (root / "zero2.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
     values["run"] |= {"name": name, "output_dir": str(root), "steps": STEPS}
-    values["policy"] |= {"ranks": 2, "deepspeed": str(root / "zero2.json")}
+    values["policy"] |= {"ranks": 2, "deepspeed": str(root / "zero2.json"), "lora": {"r": 4}}
     values["checkpoint"] = {"every": 2}
     values["placement"] = {"launcher": "ray", "strategy": "SPREAD", "heartbeat_s": 1.0, "heartbeat_timeout_s": 5.0}
     (root / f"{name}.yaml").write_text(json.dumps(values))  # JSON is YAML
