@@ -1,9 +1,9 @@
-"""Seconds of one optimizer step of the policy: padded against packed rows, ZeRO stages, precisions, ragged and full lengths.
+"""Seconds of a PPO epoch of the policy, its optimizer steps alone: padded against packed rows, ZeRO stages, precisions, lengths.
 
 The real engine and trainer (`workers.training`) train a random Llama on random rows with the PPO objective. Every variant does the same
 optimizer work and has the same gradient; what differs is how rows lie in a forward:
 
-- `plain`: rows as they come, each as wide as the longest prompt and the longest completion of the step together, the head at every slot:
+- `plain`: rows as they come, each as wide as the longest prompt and the longest completion of the epoch together, the head at every slot:
   what TRL and DeepSpeed-Chat do (`layouts.py`); as many rows in a forward as make `--microbatch-tokens` slots;
 - `padded`: `--rows-per-forward` rows as they come, closed up, each as wide as the longest sequence in its forward, the head at response
   tokens (as in all that follow);
@@ -47,6 +47,7 @@ class Job:
     model: str
     shape: dict[str, int]
     rows: int
+    minibatches: int
     limit: int
     microbatch_tokens: int
     rows_per_forward: int
@@ -79,12 +80,13 @@ def main(
     stages: Annotated[str, typer.Option(help="ZeRO stages, by comma")] = "0,1,2,3",
     layouts: Annotated[str, typer.Option(help="layouts, by comma; stages are compared on the last")] = ",".join(LAYOUTS),
     lengths: Annotated[str, typer.Option(help="ragged, full, by comma; stages are compared on the first")] = "ragged,full",
-    rows: Annotated[int, typer.Option(help="sequences of an optimizer step")] = 32,
+    rows: Annotated[int, typer.Option(help="sequences")] = 32,
+    minibatches: Annotated[int, typer.Option(help="optimizer steps over them")] = 4,
     limit: Annotated[int, typer.Option(help="longest completion, in tokens")] = 128,
     microbatch_tokens: Annotated[int, typer.Option(help="most tokens in a forward, and of plain rows most slots")] = 4096,
     rows_per_forward: Annotated[int, typer.Option(help="rows of a forward, padded")] = 8,
-    repeats: Annotated[int, typer.Option(help="timed steps of each variant")] = 5,
-    warm_up: Annotated[int, typer.Option(help="steps before those")] = 1,
+    repeats: Annotated[int, typer.Option(help="timed epochs of each variant")] = 5,
+    warm_up: Annotated[int, typer.Option(help="epochs before those")] = 1,
     threads: Annotated[int, typer.Option(help="CPU threads of all ranks together")] = 2,
     ranks: Annotated[int, typer.Option(help="processes that the engines are sharded over")] = 1,
     hidden: Annotated[int, typer.Option(help="hidden size")] = 512,
@@ -105,6 +107,7 @@ def main(
             model=save_models(Path(temporary), shape, scorer=False, tokenizer=False)[0],
             shape=asdict(shape),
             rows=rows,
+            minibatches=minibatches,
             limit=limit,
             microbatch_tokens=microbatch_tokens,
             rows_per_forward=rows_per_forward,
@@ -121,9 +124,9 @@ def main(
         answer = in_processes(__file__, [asdict(replace(work, rank=rank)) for rank in range(ranks)], work.threads)
     report = summary(work, answer)
     workload = asdict(work) | {"model": f"random Llama, hidden {hidden}, layers {layers}", "port": 0}
-    show(report, f"{rows} rows of up to {limit} tokens, {ranks} rank(s), {threads} threads, {device}")
+    show(report, f"{rows} rows of up to {limit} tokens in {minibatches} optimizer steps, {ranks} rank(s), {threads} threads, {device}")
     facts = manifest("ours", workload, threads, device, warm_up=warm_up, repeats=repeats)
-    name = f"training_step_llama{hidden}x{layers}_{device}_r{rows}x{limit}_ranks{ranks}_t{threads}"
+    name = f"training_step_llama{hidden}x{layers}_{device}_r{rows}x{limit}_steps{minibatches}_ranks{ranks}_t{threads}"
     write(name, report | {"manifest": asdict(facts)}, results)
 
 
@@ -144,7 +147,7 @@ def measure(job: Job) -> dict[str, Any]:
             dtype, stage, kind, layout = variant
             engine = engines[dtype, stage]
             engine.module.lay(layout, rectangle(job, kind))
-            took = _step(batches[kind], engine, microbatches(job, kind, layout), place.device)
+            took = sum(_step(batches[kind], engine, job, variant, number, place.device) for number in range(job.minibatches))
             if repeat >= job.warm_up:
                 seconds[_name(variant)].append(took)
     peaks = {}
@@ -168,16 +171,17 @@ def rectangle(job: Job, kind: str) -> Rectangle:
     return Rectangle(max(rows.prompt_lengths), max(rows.lengths))
 
 
-def microbatches(job: Job, kind: str, layout: str) -> tuple[tuple[int, ...], ...]:
-    """This rank's rows of each forward. Of plain and padded ones all ranks get as many rows, as they come."""
+def microbatches(job: Job, kind: str, layout: str, number: int) -> tuple[tuple[int, ...], ...]:
+    """This rank's rows of each forward of a minibatch. Of plain and padded ones all ranks get as many rows, as they come."""
     from rlhf_dist.data.schedule import assign
 
     rows = make(job, kind)
     lengths = [prompt + tokens for prompt, tokens in zip(rows.prompt_lengths, rows.lengths, strict=True)]
+    chosen = range(number, len(lengths), job.minibatches)
     if layout in ("sorted", "packed"):
-        return assign(range(len(lengths)), lengths, job.ranks, job.microbatch_tokens, packed=layout == "packed")[job.rank]
+        return assign(chosen, lengths, job.ranks, job.microbatch_tokens, packed=layout == "packed")[job.rank]
     together = max(job.microbatch_tokens // rectangle(job, kind).slots, 1) if layout == "plain" else job.rows_per_forward
-    mine, most = range(job.rank, len(lengths), job.ranks), -(-len(lengths) // job.ranks)
+    mine, most = chosen[job.rank :: job.ranks], -(-len(chosen) // job.ranks)
     return tuple(tuple(mine[start : start + together]) for start in range(0, most, together))
 
 
@@ -191,11 +195,11 @@ def _engine(job: Job, dtype: str, stage: int, place: Any, folder: Path) -> Any:
     section = PolicySection.model_validate({"model": job.model, "dtype": DTYPES[dtype], "deepspeed": str(file)})
     # Packing is checked when the module is made; each step then says which layout it wants.
     module = LayoutModule(load_policy(section, 0), packing=True)
-    return build_engine(module, section, place, Training(section.optim, job.repeats + job.warm_up))
+    return build_engine(module, section, place, Training(section.optim, (job.repeats + job.warm_up) * job.minibatches))
 
 
-def _step(batch: Any, engine: Any, rows: tuple[tuple[int, ...], ...], device: str) -> float:
-    """One optimizer step; its seconds."""
+def _step(batch: Any, engine: Any, job: Job, variant: tuple[str, int, str, str], number: int, device: str) -> float:
+    """The optimizer step of a minibatch; its seconds."""
     from rlhf_dist.algos.objectives import PolicyObjective
     from rlhf_dist.config.algorithm import AlgorithmSection
     from rlhf_dist.contracts.moments import Moments
@@ -204,7 +208,8 @@ def _step(batch: Any, engine: Any, rows: tuple[tuple[int, ...], ...], device: st
 
     trainer = Trainer(engine, PolicyObjective(AlgorithmSection()), whitens=False)
     trainer.load([batch], Moments())
-    request = UpdateRequest(rows, float(batch.valid_tokens_B.sum()))
+    tokens = float(batch.valid_tokens_B[number :: job.minibatches].sum())
+    request = UpdateRequest(microbatches(job, *variant[2:], number), tokens)
     began = now(device)
     trainer.update(request)
     return now(device) - began
@@ -227,7 +232,7 @@ def summary(job: Job, answer: dict[str, Any]) -> dict[str, Any]:
             "trained_tokens_per_second": sum(rows.lengths) / took.median,
             "mfu": rate / (answer["flops_per_second"][dtype] * devices),
             "faster_than": gains,
-            "rows_per_forward": [len(rows) for rows in microbatches(job, kind, layout)],
+            "rows_per_forward": [len(rows) for number in range(job.minibatches) for rows in microbatches(job, kind, layout, number)],
         }
     return {"variants": found, "flops_per_second": answer["flops_per_second"], "measured": answer["seconds"]}
 
@@ -235,7 +240,7 @@ def summary(job: Job, answer: dict[str, Any]) -> dict[str, Any]:
 def show(report: dict[str, Any], title: str) -> None:
     """The table a person reads."""
     table = Table(title=title)
-    for column in ("", "seconds a step", "trained tokens/s", "MFU", *(f"{base} / this" for base in BASES)):
+    for column in ("", "seconds", "trained tokens/s", "MFU", *(f"{base} / this" for base in BASES)):
         table.add_column(column, justify="right" if column else "left")
     for name, found in report["variants"].items():
         gains = (Spread(**found["faster_than"][base]).text() if base in found["faster_than"] else "" for base in BASES)

@@ -37,10 +37,11 @@ else # runs of several processes wait as much as they compute: they and all the 
   status=0 log="$(mktemp)"
   python -m pytest -m "distributed and not long$gpu" >"$log" 2>&1 &
   runs=$!
+  trap '[[ -z "$runs" ]] || kill "$runs"; rm -f "$log"' EXIT
   python -m pytest -m "not distributed and not long$gpu" || status=$?
   wait "$runs" || status=$?
+  runs=""
   cat "$log"
-  rm "$log"
   if ((status)); then exit "$status"; fi
 fi
 printf 'tests: %d s\n' $((SECONDS - began))

@@ -279,9 +279,14 @@ class Ranks:
             template.stdin.write(job + "\n")
             template.stdin.flush()
             answer = template.stdout.readline()
+        except OSError:
+            answer = ""
         finally:
             overdue.cancel()
-        assert answer, f"the ranks did not end within {timeout:g} s, or their template died"
+        if not answer:
+            self.close()  # the next job gets a new one
+            said = "".join(f"\n{path.name}: {path.read_text()[-1500:]}" for path in sorted(self._folder.iterdir()))
+            raise AssertionError(f"the ranks did not end within {timeout:g} s, or their template died{said}")
         statuses: list[int] = json.loads(answer)
         return statuses
 

@@ -1,12 +1,12 @@
 """What a launcher must know of a stage: what to check, which groups to start, what to run over them.
 
-Checks and workers are named, and imported where they are wanted: the coordinator's process runs the loop and loads no model.
+Checks and workers are imported where they are wanted: the coordinator's process runs the loop and loads no model.
 """
 
 from __future__ import annotations
 
 import functools
-import pkgutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -26,17 +26,12 @@ from rlhf_dist.training.sft import SFT
 from rlhf_dist.training.supervised import Stage, SupervisedLoop
 from rlhf_dist.workers.interpreter import check_interpreter
 from rlhf_dist.workers.placement import Demand, demands
-from rlhf_dist.workers.roles import ROLES
+from rlhf_dist.workers.roles import ROLES, build_model, build_worker
 
 
 def never() -> bool:
     """Nobody asks the run to stop."""
     return False
-
-
-def built(name: str, *given: Any) -> Any:
-    """What the function `module:function` makes of the arguments."""
-    return pkgutil.resolve_name(name)(*given)
 
 
 class Program(Protocol):
@@ -84,7 +79,9 @@ class PPOProgram:
 
     def check(self) -> Any:
         """Models, data, rewards, DeepSpeed files, the interpreter of the rollout ranks."""
-        facts = built("rlhf_dist.cli.checks:check_run", self.config)
+        from rlhf_dist.cli.checks import check_run
+
+        facts = check_run(self.config)
         if self.config.rollout.python:
             check_interpreter(self.config.rollout.python)
         return facts
@@ -95,7 +92,7 @@ class PPOProgram:
 
     def factory(self, role: str) -> Callable[[Rank], Any]:
         """The role's worker."""
-        return functools.partial(built, "rlhf_dist.workers.roles:build_worker", role, self.config)
+        return functools.partial(build_worker, role, self.config)
 
     def run(
         self,
@@ -109,21 +106,19 @@ class PPOProgram:
         return PPOCoordinator(self.config, Groups(**groups), recorder, reporter, resume, stopping).run()
 
 
-class SupervisedProgram:
+class SupervisedProgram(ABC):
     """A supervised stage: one role, one loop. Subclasses say what differs."""
 
     sections = ("model",)
     loads_in_turn = False
     stage: Stage
-    checks: str
-    builds: str
 
     def __init__(self, config: Any) -> None:
         self.config = config
 
+    @abstractmethod
     def check(self) -> Any:
         """Model, data, DeepSpeed file."""
-        return built(self.checks, self.config)
 
     def demands(self) -> list[Demand]:
         """The one group."""
@@ -132,7 +127,7 @@ class SupervisedProgram:
 
     def factory(self, role: str) -> Callable[[Rank], Any]:
         """The one worker."""
-        return functools.partial(built, self.builds, self.config)
+        return functools.partial(build_model, self.config)
 
     def run(
         self,
@@ -150,21 +145,36 @@ class SFTProgram(SupervisedProgram):
     """Supervised fine-tuning."""
 
     stage = SFT
-    checks, builds = "rlhf_dist.cli.sft_checks:check_sft", "rlhf_dist.workers.sft:build_sft"
+
+    def check(self) -> Any:
+        """Model, data, DeepSpeed file."""
+        from rlhf_dist.cli.sft_checks import check_sft
+
+        return check_sft(self.config)
 
 
 class RewardProgram(SupervisedProgram):
     """Training of a reward model; it reports at the end."""
 
     stage = REWARD
-    checks, builds = "rlhf_dist.cli.reward_checks:check_reward_model", "rlhf_dist.workers.reward_model:build_reward_model"
+
+    def check(self) -> Any:
+        """Model, data, DeepSpeed file."""
+        from rlhf_dist.cli.reward_checks import check_reward_model
+
+        return check_reward_model(self.config)
 
 
 class DPOProgram(SupervisedProgram):
     """Direct preference optimisation; the reference is asked before the first step."""
 
     stage = DPO
-    checks, builds = "rlhf_dist.cli.dpo_checks:check_dpo", "rlhf_dist.workers.dpo:build_dpo"
+
+    def check(self) -> Any:
+        """Model, data, DeepSpeed file."""
+        from rlhf_dist.cli.dpo_checks import check_dpo
+
+        return check_dpo(self.config)
 
 
 PROGRAMS: dict[type, Any] = {PPOConfig: PPOProgram, SFTConfig: SFTProgram, RewardModelConfig: RewardProgram, DPOConfig: DPOProgram}

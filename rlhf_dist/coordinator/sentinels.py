@@ -216,7 +216,10 @@ class Sentinels:
         if not self._spent:
             return None
         seen = f"`rlhf-dist replay {self._written[-1]}` shows which samples; " if self._written else ""
-        fix = seen + "the state is saved: mend the cause and go on with run.resume=auto, or begin anew with a lower learning rate"
+        fix = (
+            f"{seen}the state is saved: raise sentinels.max_skipped and go on with run.resume=auto, or mend the cause (a reward, a prompt, "
+            "the learning rate) and begin anew"
+        )
         error = UserError(self._spent, where=f"step {step} (sentinels.max_skipped {self._section.max_skipped})", fix=fix)
         self._spent, self._row = "", {}
         return error

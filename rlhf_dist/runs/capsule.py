@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.contracts.experience import ExperienceBatch
-from rlhf_dist.contracts.roles import RolloutInfo
+from rlhf_dist.contracts.roles import Fault, RolloutInfo
 from rlhf_dist.runs.atomic import write_text
 from rlhf_dist.runs.capsule_rows import NumberedRow, read_rows, write_rows, written
 from rlhf_dist.runs.checkpoints import hash_of, recorded_files
@@ -68,7 +68,7 @@ class Facts:
 
     stage: str
     role: str
-    fault: str
+    fault: Fault
     denominator: float
     grad_norm: float
     lr: float
@@ -161,7 +161,10 @@ def read_capsule(folder: Path) -> Capsule:
 
 def total(losses: Sequence[float]) -> float:
     """Their sum, exact; where one is not finite, neither is the sum."""
-    return math.fsum(losses) if all(math.isfinite(loss) for loss in losses) else sum(losses)
+    try:
+        return math.fsum(losses) if all(math.isfinite(loss) for loss in losses) else sum(losses)
+    except OverflowError:  # finite ones whose sum is not
+        return sum(losses)
 
 
 def _check(folder: Path, name: str, size: int, sha256: str) -> None:

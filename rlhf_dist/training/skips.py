@@ -43,7 +43,10 @@ class Skips:
         if self.row < self._most:
             return None
         what = f"{self.row} optimizer steps in a row were skipped: their loss or gradient was not finite"
-        seen = f"`rlhf-dist replay {self._newest}` shows which rows" if self._newest else "look at the rows of these steps"
-        fix = f"{seen}; the state is saved: mend the cause and go on with run.resume=auto, or begin anew with a lower learning rate"
+        seen = f"`rlhf-dist replay {self._newest}` shows which rows" if self._newest else "the run's folder capsules/ may show which rows"
+        fix = (
+            f"{seen}; the state is saved: raise training.max_skipped and go on with run.resume=auto, or mend the rows, or lower the "
+            "learning rate, and begin anew"
+        )
         self.row = 0
         return UserError(what, where=f"step {step} (training.max_skipped {self._most})", fix=fix)

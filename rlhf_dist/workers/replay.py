@@ -79,13 +79,16 @@ def replay(capsule: Capsule, device: str = "cpu", *, gradient: bool = True) -> R
     """Does the forwards of all ranks one after the other, and their backwards unless told not to. No weight changes.
 
     Raises:
-        UserError: the capsule's files do not fit together; its base model (of adapters) is not there.
+        UserError: the capsule's files do not fit together; its base model (of adapters) is not there; there is no such device.
     """
     subject = subject_of(capsule)
-    module, objective = subject.module.to(device), subject.objective
+    module, objective = _placed(subject.module, device), subject.objective
     found = Replay(capsule.facts.denominator, subject.dtype)
     for rank, part in enumerate(capsule.parts):
-        rows = subject.rows(rank) if part.microbatches else None
+        rows = subject.rows(rank) if part.microbatches else ()
+        if len(rows) != sum(map(len, part.microbatches)):
+            what = f"rank {rank} has {len(rows)} rows for microbatches of {sum(map(len, part.microbatches))}"
+            raise UserError(what, where=str(capsule.folder), fix="use another capsule")
         for number, (places, recorded) in enumerate(zip(part.microbatches, part.losses, strict=True), start=1):
             batch = subject.batch(rows, places)
             with torch.set_grad_enabled(gradient):
@@ -116,6 +119,14 @@ def subject_of(capsule: Capsule) -> Subject:
         return ExperienceSubject(capsule)
     what = f"a capsule of the {facts.role!r} of the stage {facts.stage!r}, which this version does not know"
     raise UserError(what, where=str(capsule.folder), fix="use the version that wrote it")
+
+
+def _placed(module: Any, device: str) -> Any:
+    try:
+        return module.to(device)
+    except (RuntimeError, AssertionError) as error:  # of a torch without CUDA, an assertion
+        fix = "name a device of this machine: cpu, or cuda where torch sees a GPU"
+        raise UserError(f"the model cannot go to {device}: {str(error).splitlines()[0]}", where="--device", fix=fix) from None
 
 
 def _sample(rank: int, microbatch: int, look: Look, objective: Objective) -> Sample:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from rlhf_dist.config.dpo import DPOConfig
 from rlhf_dist.config.engines import EngineSection
 from rlhf_dist.config.ppo import PPOConfig
+from rlhf_dist.config.reward_model import RewardModelConfig
+from rlhf_dist.config.sft import SFTConfig
 from rlhf_dist.engines.process import Rank
 
 ROLES = ("policy", "reference", "value", "reward")
@@ -60,3 +63,18 @@ def _loaded(role: str, config: PPOConfig, rank: Rank) -> Any:
 
         return RolloutWorker(config, rank)
     raise ValueError(f"there is no role {role!r}: {', '.join((*ROLES, ROLLOUT))}")
+
+
+def build_model(config: SFTConfig | RewardModelConfig | DPOConfig, rank: Rank) -> Any:
+    """Loads the one model of a supervised stage, and its rows, on this rank."""
+    if isinstance(config, SFTConfig):
+        from rlhf_dist.workers.sft import build_sft
+
+        return build_sft(config, rank)
+    if isinstance(config, RewardModelConfig):
+        from rlhf_dist.workers.reward_model import build_reward_model
+
+        return build_reward_model(config, rank)
+    from rlhf_dist.workers.dpo import build_dpo
+
+    return build_dpo(config, rank)

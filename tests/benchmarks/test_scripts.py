@@ -75,7 +75,8 @@ def test_roofline(tmp_path: Path) -> None:
 
 def test_training_step(tmp_path: Path) -> None:
     training_step.main(
-        "float32", "0,3", "plain,packed", "ragged", rows=4, limit=8, microbatch_tokens=64, rows_per_forward=4, repeats=1, warm_up=0,
+        "float32", "0,3", "plain,packed", "ragged", rows=4, minibatches=2, limit=8,
+        microbatch_tokens=64, rows_per_forward=4, repeats=1, warm_up=0,
         ranks=1, vocabulary=100, results=tmp_path, job="", **TINY,
     )  # fmt: skip
     found = written(tmp_path)["variants"]

@@ -163,9 +163,9 @@ def test_another_vocabulary_ends_the_run_with_status_2_before_anything_starts(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    from rlhf_dist.workers import roles
+    from rlhf_dist.cli import programs
 
-    monkeypatch.setattr(roles, "build_worker", lambda *_: pytest.fail("a worker was started"))
+    monkeypatch.setattr(programs, "build_worker", lambda *_: pytest.fail("a worker was started"))
     with pytest.raises(SystemExit) as ended:
         rlhf_dist_ppo(ppo_values, f"reference.model={other_model(words={'w3': 'x3'})}")
     assert ended.value.code == 2 and "another vocabulary" in capfd.readouterr().err

@@ -32,7 +32,7 @@ def test_it_travels_to_the_coordinators_process(ppo_values: dict[str, Any]) -> N
     program = program_of(PPOConfig.model_validate(ppo_values))
     again = pickle.loads(pickle.dumps(program))
     assert again.config == program.config
-    assert again.factory("value").args == ("rlhf_dist.workers.roles:build_worker", "value", program.config)
+    assert again.factory("value").args == ("value", program.config)
 
 
 def test_a_rollout_group_is_started_beside_the_engines_and_its_interpreter_is_checked(ppo_values: dict[str, Any]) -> None:

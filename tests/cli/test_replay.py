@@ -248,6 +248,9 @@ def test_a_supervised_step_that_is_not_finite_is_skipped_written_down_and_replay
     shown = capsys.readouterr().out
     assert f"row {ROW}: reference log-prob of chosen is -inf" in shown and f"pairs.jsonl:{ROW + 1}'" in shown and "w23" in shown
     assert "step of the model (the loss was not finite)" in shown and shown.splitlines()[-1] == "reproduced"
+    with pytest.raises(SystemExit) as ended:
+        main(["replay", str(through / "capsules" / name), "--device", "toaster"])
+    assert ended.value.code == 2 and "the model cannot go to toaster" in capsys.readouterr().err
     capsule = read_capsule(through / "capsules" / name)
     finite = [each for each in replay(capsule).microbatches if math.isfinite(each.recorded)]
     assert finite and all(abs(each.now - each.recorded) <= 1e-6 * each.size for each in finite)
@@ -286,3 +289,9 @@ def test_another_loss_than_was_recorded_is_said_and_ends_with_status_1(
     with pytest.raises(SystemExit) as ended:
         main(["replay", str(folder), "--no-gradient"])
     assert ended.value.code == 1 and "not reproduced: the losses differ" in capsys.readouterr().out
+    values["parts"][0]["microbatches"].append([8])
+    losses.append(0.0)
+    (folder / "capsule.json").write_text(json.dumps(values))
+    with pytest.raises(SystemExit) as ended:
+        main(["replay", str(folder), "--no-gradient"])
+    assert ended.value.code == 2 and "rank 0 has 8 rows for microbatches of 9" in capsys.readouterr().err

@@ -7,13 +7,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from rlhf_dist.cli import spmd_launch
+from rlhf_dist.cli import programs, spmd_launch
 from rlhf_dist.cli.programs import PPOProgram
 from rlhf_dist.cli.spmd_launch import run_under_launcher, spanning_all_ranks, spmd_groups
 from rlhf_dist.config.errors import UserError
 from rlhf_dist.config.ppo import PPOConfig
 from rlhf_dist.engines.process import Rank
-from rlhf_dist.workers import roles
 
 HERE = Rank(0, 1, 0, "cpu")
 
@@ -33,7 +32,7 @@ class Closed:
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[Closed]:
     groups: list[Closed] = []
-    monkeypatch.setattr(roles, "build_worker", lambda role, config, rank: f"{role} worker")
+    monkeypatch.setattr(programs, "build_worker", lambda role, config, rank: f"{role} worker")
     monkeypatch.setattr(spmd_launch, "SpmdGroup", lambda *given: groups.append(Closed(*given)) or groups[-1])
     return groups
 
@@ -57,7 +56,7 @@ def test_groups_that_were_made_end_when_another_cannot_be(
             raise UserError("no such value model")
         return role
 
-    monkeypatch.setattr(roles, "build_worker", build)
+    monkeypatch.setattr(programs, "build_worker", build)
     with pytest.raises(UserError, match="no such value model"), spmd_groups(program(ppo_values), HERE):
         raise AssertionError("not reached")
     assert [group.name for group in made if group.closed] == ["policy", "reference"]
@@ -95,18 +94,18 @@ def test_a_fault_leaves_no_process_group_and_room_for_the_next_try(
     ppo_values: dict[str, Any], reward_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = program(ppo_values | {"run": ppo_values["run"] | {"steps": 1}})
-    build = roles.build_worker
+    build = programs.build_worker
 
     def failing(role: str, *given: Any) -> Any:
         if role == "reward":
             raise UserError("a reward model without weights")
         return build(role, *given)
 
-    monkeypatch.setattr(roles, "build_worker", failing)
+    monkeypatch.setattr(programs, "build_worker", failing)
     with pytest.raises(UserError, match="without weights"):
         run_under_launcher(config)
     assert not dist.is_initialized()
-    monkeypatch.setattr(roles, "build_worker", build)
+    monkeypatch.setattr(programs, "build_worker", build)
     run_under_launcher(config)  # no run.overwrite needed
     with pytest.raises(UserError, match="exists and is not empty"):
         run_under_launcher(config)
@@ -119,7 +118,7 @@ def test_a_rank_has_the_threads_of_the_config_and_gives_them_back(ppo_values: di
         seen.append(torch.get_num_threads())
         raise UserError("enough seen")
 
-    monkeypatch.setattr(roles, "build_worker", failing)
+    monkeypatch.setattr(programs, "build_worker", failing)
     before = torch.get_num_threads()
     for threads in (1, 2):
         with pytest.raises(UserError, match="enough seen"):

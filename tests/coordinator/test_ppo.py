@@ -261,11 +261,11 @@ def test_how_it_is_cut_changes_nothing(base: Path, run: Callable[..., Path]) -> 
 def test_estimators_start_what_they_need(
     run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tiny_model: Path, estimator: str
 ) -> None:
-    from rlhf_dist.workers import roles
+    from rlhf_dist.cli import programs
 
     started: list[str] = []
-    build = roles.build_worker
-    monkeypatch.setattr(roles, "build_worker", lambda role, *given: started.append(role) or build(role, *given))
+    build = programs.build_worker
+    monkeypatch.setattr(programs, "build_worker", lambda role, *given: started.append(role) or build(role, *given))
     root = run(algorithm={"estimator": estimator})
     assert started == (["policy", "reference", "value", "reward"] if estimator == "gae" else ["policy", "reference", "reward"])
     assert sorted(path.name for path in (root / "export").iterdir()) == (["policy", "value"] if estimator == "gae" else ["policy"])
@@ -275,11 +275,11 @@ def test_estimators_start_what_they_need(
 
 
 def test_with_lora_the_policy_is_its_own_reference(run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> None:
-    from rlhf_dist.workers import roles
+    from rlhf_dist.cli import programs
 
     started: list[str] = []
-    build = roles.build_worker
-    monkeypatch.setattr(roles, "build_worker", lambda role, *given: started.append(role) or build(role, *given))
+    build = programs.build_worker
+    monkeypatch.setattr(programs, "build_worker", lambda role, *given: started.append(role) or build(role, *given))
     root = run(policy={"lora": {"r": 4}, "optim": {"lr": 1e-2}})
     assert started == ["policy", "value", "reward"]
     lines = numbers(root)

@@ -1,4 +1,5 @@
 """Runs scripts as ranks, each in a process forked off this one, so that what they all import is imported once.
+They share its seed of string hashes; ranks under Ray have one each.
 
 Reads lines of JSON: script, arguments, and for each rank its environment and the files for what it says. Answers each with a line: what
 every rank ended with.
@@ -23,6 +24,7 @@ from rlhf_dist.engines.process import quiet_deepspeed
 
 def become(script: str, arguments: list[str], rank: dict[str, Any]) -> None:
     """Runs the script in a process that is no other than one that Python was started for."""
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # and not the next job
     for number, path in ((1, rank["out"]), (2, rank["err"])):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
     os.environ.clear()
@@ -34,7 +36,8 @@ def become(script: str, arguments: list[str], rank: dict[str, Any]) -> None:
         runpy.run_path(script, run_name="__main__")
         status = 0
     except SystemExit as ended:
-        status = int(ended.code or 0)
+        status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        sys.stderr.write("" if isinstance(ended.code, int | None) else str(ended.code))
     except BaseException:
         traceback.print_exc()
     sys.stdout.flush()

@@ -68,6 +68,7 @@ def test_rows_of_a_supervised_stage_come_back_and_are_refused_when_they_were_cha
 def test_the_loss_of_the_step_is_over_all_ranks() -> None:
     assert Capsule(Path(), FACTS, (Part(((0,), (1,)), (1.0, 2.0)), Part(((0,),), (4.0,)))).loss == 7.0 / 12.5
     assert total([1e16, 1.0, -1e16]) == 1.0 and math.isnan(total([math.inf, -math.inf]))
+    assert total([1e308, 1e308]) == math.inf
 
 
 def damage(folder: Path, part: str, by: str) -> None:
@@ -88,6 +89,7 @@ def damage(folder: Path, part: str, by: str) -> None:
         (lambda f: (f / "capsule.json").write_text("[]"), "capsule.json cannot be read"),
         (lambda f: damage(f, '"-inf"', ""), "capsule.json cannot be read: ValidationError"),
         (lambda f: damage(f, "2\n", "3\n"), "capsule.json cannot be read: ValidationError"),
+        (lambda f: damage(f, '"fault": "', '"fault": "odd '), "capsule.json cannot be read: ValidationError"),
         (lambda f: damage(f, "12.5", "0.0"), "capsule.json cannot be read: ValidationError"),
     ],
 )  # fmt: skip
