@@ -113,7 +113,7 @@ def show(report: dict[str, Any]) -> None:
         generation = f"{seconds['generate']['median']:.2f}"
         table.add_row(side, f"{total['median']:.2f}", f"{total['low']:.2f} to {total['high']:.2f}", generation)
     rounds = report["ratio_of_rounds"]
-    table.add_row("ratio", f"{report['ratio']:.2f}", f"{rounds['low']:.2f} to {rounds['high']:.2f}", "")
+    table.add_row("ratio, by rounds", f"{rounds['median']:.2f}", f"{rounds['low']:.2f} to {rounds['high']:.2f}", "")
     console = Console()
     console.print(table)
     first = next(each for each in report["done"] if each["compared"])
