@@ -49,4 +49,4 @@ def test_without_a_capsule_none_is_named() -> None:
     skips = Skips(TrainingSection(max_skipped=1))
     skips.note(1, info("gradient", FULL))
     error = skips.spent(1)
-    assert error is not None and "replay" not in error.fix and error.fix.startswith("look at the rows")
+    assert error is not None and "replay" not in error.fix and error.fix.startswith("the run's folder capsules/")
