@@ -19,7 +19,7 @@ from rlhf_dist.cli.clusters import cluster, cluster_nodes
 from rlhf_dist.cli.interrupts import CTRL_C, Interrupted, Signals, listening
 from rlhf_dist.cli.programs import Program
 from rlhf_dist.cli.resuming import OVER, resumable
-from rlhf_dist.config.errors import UserError
+from rlhf_dist.config.errors import UserError, first_line
 from rlhf_dist.config.operation import PlacementSection
 from rlhf_dist.contracts.group import Lost
 from rlhf_dist.runs.folder import RunFolder
@@ -161,7 +161,7 @@ def _follow(actor: Any, run: Any, reporter: Reporter, signals: Signals, placemen
         result: dict[str, Any] = ray.get(run)
     except RayActorError as error:
         fix = "look for the cause in the Ray logs and go on with run.resume=auto"
-        raise CoordinatorLost(str(error).splitlines()[0], where="coordinator", fix=fix) from None
+        raise CoordinatorLost(first_line(error), where="coordinator", fix=fix) from None
     except RayTaskError as error:
         _replay(actor, seen, reporter)
         if isinstance(error.cause, UserError):

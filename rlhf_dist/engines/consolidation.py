@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_dist.config.engines import EngineSection, LoraSection
-from rlhf_dist.config.errors import UserError
+from rlhf_dist.config.errors import UserError, first_line
 from rlhf_dist.engines.process import quiet_deepspeed
 from rlhf_dist.engines.state_files import INDEX, SavedState
 from rlhf_dist.models.loading import CLASSIFIER, TORCH_DTYPES, generation_settings, load_config, load_pretrained, precision_of
@@ -87,7 +87,7 @@ def read_shards(folder: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         what = "the checkpoint's files hold more than data: reading them could run code"
         fix = "give a checkpoint that DeepSpeed wrote, of a program that you trust"
-        raise UserError(f"{what} ({str(error).splitlines()[0][:200]})", where=str(shards), fix=fix) from error
+        raise UserError(f"{what} ({first_line(error)[:200]})", where=str(shards), fix=fix) from error
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         what = (str(error).strip() or type(error).__name__).splitlines()[0]
         fix = "give a folder that holds the files of all ranks"

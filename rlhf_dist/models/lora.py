@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_dist.config.engines import LoraSection
-from rlhf_dist.config.errors import UserError
+from rlhf_dist.config.errors import UserError, first_line
 from rlhf_dist.models.quantisation import dequantised, in_4_bits
 
 NamedWeight = tuple[str, list[nn.Parameter], Callable[[], Tensor]]
@@ -47,7 +47,7 @@ def add_adapter(model: Any, section: LoraSection, seed: int, head: str | None = 
         try:
             adapted = get_peft_model(model, config, autocast_adapter_dtype=False).eval()
         except ValueError as error:
-            raise _misfit(f"the adapter fits no module: {str(error).splitlines()[0]}") from error
+            raise _misfit(f"the adapter fits no module: {first_line(error)}") from error
     if any(_parts(module)[0] is tied for module in adapted.modules() if _is_adapted(module)):
         raise _misfit("the embeddings of this model are tied to its head: an adapter on one of them cannot be merged")
     for name, parameter in adapted.named_parameters():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_dist.config.engines import Dtype
-from rlhf_dist.config.errors import UserError
+from rlhf_dist.config.errors import UserError, first_line
 from rlhf_dist.contracts.engine import Objective
 from rlhf_dist.runs.capsule import Capsule, total
 from rlhf_dist.workers.replay_experience import READ, ExperienceSubject
@@ -126,7 +126,7 @@ def _placed(module: Any, device: str) -> Any:
         return module.to(device)
     except (RuntimeError, AssertionError) as error:  # of a torch without CUDA, an assertion
         fix = "name a device of this machine: cpu, or cuda where torch sees a GPU"
-        raise UserError(f"the model cannot go to {device}: {str(error).splitlines()[0]}", where="--device", fix=fix) from None
+        raise UserError(f"the model cannot go to {device}: {first_line(error)}", where="--device", fix=fix) from None
 
 
 def _sample(rank: int, microbatch: int, look: Look, objective: Objective) -> Sample:

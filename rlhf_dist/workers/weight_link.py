@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rlhf_dist.config.errors import first_line
 from rlhf_dist.contracts.group import Late
 from rlhf_dist.contracts.weights import Link, SyncInfo
 from rlhf_dist.workers.weight_bucket import Slot, fill, room_for, slots_of, views
@@ -164,7 +165,7 @@ def blaming(peer: str, what: str, link: Link) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, OSError) as error:  # what stores, gloo, NCCL and the mapping of memory raise
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         fix = (
             "its process may have died or hang: see the Ray logs; another transport (rollout.weight_sync) may suit this cluster; "
             f"the wait ends after {link.timeout_s:g} s, part of placement.call_timeout_s"
